@@ -1,0 +1,1 @@
+"""The device side: serves a model, keeps its user's data, trains on it in private."""

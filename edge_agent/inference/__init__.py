@@ -1,0 +1,1 @@
+"""Runtimes behind one protocol, and the engine that checks, runs and swaps models."""

@@ -1,0 +1,1 @@
+"""Measures the device and builds its telemetry."""

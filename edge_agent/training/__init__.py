@@ -1,0 +1,1 @@
+"""Private training: its parts run in a process of their own."""

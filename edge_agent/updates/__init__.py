@@ -1,0 +1,1 @@
+"""From a signed offer to the active slot: fetch, verify, stage, try, keep or roll back."""

@@ -1,0 +1,1 @@
+"""The data-centre side: drives rounds, builds and signs versions, watches the fleet."""

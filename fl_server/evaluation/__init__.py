@@ -1,0 +1,1 @@
+"""How good a candidate is, and whether it may replace the champion."""

@@ -1,0 +1,1 @@
+"""The enrolled devices: identity, state, telemetry."""

@@ -1,0 +1,1 @@
+"""From a definition and parameters to an immutable model version."""

@@ -1,0 +1,1 @@
+"""Noise calibration and the statement a release carries."""

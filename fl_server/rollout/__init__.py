@@ -1,0 +1,1 @@
+"""Signing releases and publishing them."""

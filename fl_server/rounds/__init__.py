@@ -1,0 +1,1 @@
+"""Rounds on Flower's Grid: cohort, spool, aggregation, checkpoint."""

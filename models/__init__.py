@@ -1,0 +1,1 @@
+"""The contract that devices and coordinator share; it imports neither of them."""

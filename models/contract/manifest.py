@@ -1,0 +1,130 @@
+"""ModelManifest: what one model version is, byte for byte."""
+
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Literal
+
+from models.contract.encoding import build_canonical, check_digest_text, parse_json
+from models.contract.privacy import PrivacyStatement
+from models.contract.topics import check_name
+from models.tensors.layout import Layout
+from models.tensors.spec import TensorSpec
+
+MANIFEST_NAME = "manifest.json"
+INFERENCE_NAMES = {"onnx": "inference.onnx", "tflite": "inference.tflite"}
+TRAIN_STEP_NAME = "train_step.onnx"
+EVALUATE_NAME = "evaluate.onnx"
+PARAMETERS_NAME = "parameters.safetensors"
+FILE_NAMES = frozenset({*INFERENCE_NAMES.values(), TRAIN_STEP_NAME, EVALUATE_NAME, PARAMETERS_NAME})
+GRAPH_NAMES = (TRAIN_STEP_NAME, EVALUATE_NAME)  # signed by the offline role: they hold the clipping
+FILE_MAX_BYTES = 1 << 30  # 1 GiB; bounds what a manifest can make a device fetch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """One file of a version."""
+
+    digest: str
+    size_bytes: int
+
+    def __post_init__(self) -> None:
+        check_digest_text(self.digest)
+        if not 0 < self.size_bytes <= FILE_MAX_BYTES:
+            raise ValueError(f"size_bytes is {self.size_bytes}, must be in 1..{FILE_MAX_BYTES}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingContract:
+    """How the graphs of a version are fed.
+
+    Attributes:
+        layout: Parameters, in the order in which both graphs take them after (x, y, mask[, clipping_norm]).
+        batch: Fixed number of rows of x, y and mask in one run of a graph; >= 1.
+        target: Name, shape and dtype of y.
+        metric: Name of the metric computed from the evaluation graph's predictions.
+    """
+
+    layout: Layout
+    batch: int
+    target: TensorSpec
+    metric: str
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch <= 65536:
+            raise ValueError(f"batch is {self.batch}, must be in 1..65536")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineage:
+    """Where a version comes from; empty for one that no run made."""
+
+    parent_version: int | None = None
+    run: str | None = None
+    round: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """What packaging measured on the server's own held-out data."""
+
+    metric: str
+    value: Decimal
+    samples: int
+    float_value: Decimal
+    logit_deviation: Decimal  # mean absolute difference between float and packaged outputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelManifest:
+    """One immutable model version: its files, its tensors, and what is claimed of it.
+
+    Attributes:
+        model: Name of the architecture's model, as in URLs and topics.
+        version: Counts up from 1 within the model.
+        runtime: Which runtime opens the inference graph.
+        files: By file name; a subset of `FILE_NAMES` that holds the runtime's inference graph.
+        training: None for a version that is only served.
+    """
+
+    schema_version: Literal[1] = 1
+    model: str
+    version: int
+    runtime: Literal["onnx", "tflite"]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    labels: tuple[str, ...] = ()
+    files: dict[str, FileEntry]
+    training: TrainingContract | None = None
+    lineage: Lineage = field(default_factory=Lineage)
+    privacy: PrivacyStatement | None = None
+    quality: Quality | None = None
+
+    def __post_init__(self) -> None:
+        check_name(self.model, "model")
+        if not 1 <= self.version < 1 << 31:
+            raise ValueError(f"version is {self.version}, must be in 1..{(1 << 31) - 1}")
+        if not self.inputs or not self.outputs:
+            raise ValueError("a model has at least one input and one output")
+        if unknown := set(self.files) - FILE_NAMES:
+            raise ValueError(f"file {min(unknown)!r} is none of {', '.join(sorted(FILE_NAMES))}")
+        needed = {INFERENCE_NAMES[self.runtime]}
+        if self.training is not None:
+            needed |= {TRAIN_STEP_NAME, EVALUATE_NAME}
+        if missing := needed - set(self.files):
+            raise ValueError(f"file {min(missing)!r} is missing")
+
+    @property
+    def inference_name(self) -> str:
+        """File name of the inference graph."""
+        return INFERENCE_NAMES[self.runtime]
+
+
+def build_manifest(manifest: ModelManifest) -> bytes:
+    """Return the canonical bytes whose digest defines the version."""
+    return build_canonical(manifest)
+
+
+def parse_manifest(data: bytes) -> ModelManifest:
+    """Return the manifest in `data`; raises MalformedError."""
+    return parse_json(data, ModelManifest)
+

@@ -1,0 +1,107 @@
+"""Under which privacy a run trains, and what a release may say about it."""
+
+from dataclasses import dataclass
+from decimal import Decimal
+from enum import StrEnum
+
+
+class Unit(StrEnum):
+    """What a guarantee protects."""
+
+    SAMPLE = "sample"  # one record; the device adds the noise
+    DEVICE = "device"  # all that one device holds; the coordinator adds the noise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacyPlan:
+    """The differential privacy of one run.
+
+    Attributes:
+        unit: What is protected.
+        clipping_norm: L2 bound C of one unit's contribution, in parameter units; > 0.
+        noise_multiplier: z; the noise on a sum has standard deviation z * C; >= 0.
+        sampling_rate: q, with which each unit takes part in a step, independently; (0, 1].
+        delta: Chance that the bound fails; (0, 1).
+        epsilon: What the whole run may spend at most; > 0.
+    """
+
+    unit: Unit
+    clipping_norm: Decimal
+    noise_multiplier: Decimal
+    sampling_rate: Decimal
+    delta: Decimal
+    epsilon: Decimal
+
+    def __post_init__(self) -> None:
+        _check_finite(self.clipping_norm, self.noise_multiplier, self.sampling_rate, self.delta, self.epsilon)
+        if self.clipping_norm <= 0:
+            raise ValueError(f"clipping_norm is {self.clipping_norm}, must be > 0")
+        if self.noise_multiplier < 0:
+            raise ValueError(f"noise_multiplier is {self.noise_multiplier}, must be >= 0")
+        if not 0 < self.sampling_rate <= 1:
+            raise ValueError(f"sampling_rate is {self.sampling_rate}, must be in (0, 1]")
+        if not 0 < self.delta < 1:
+            raise ValueError(f"delta is {self.delta}, must be in (0, 1)")
+        if self.epsilon <= 0:
+            raise ValueError(f"epsilon is {self.epsilon}, must be > 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPlan:
+    """How a device trains in one round.
+
+    Attributes:
+        rounds: Rounds of the run; >= 1.
+        steps: DP-SGD steps a device makes in one round; >= 1.
+        expected_batch: Fixed denominator of a step's sum, in samples; > 0. A constant of the plan,
+            never the private number of samples.
+        learning_rate: Of the device's SGD; > 0.
+        momentum: Of the device's SGD, begun anew each round; [0, 1).
+    """
+
+    rounds: int
+    steps: int
+    expected_batch: Decimal
+    learning_rate: Decimal
+    momentum: Decimal = Decimal(0)
+
+    def __post_init__(self) -> None:
+        _check_finite(self.expected_batch, self.learning_rate, self.momentum)
+        if not (1 <= self.rounds <= 100_000 and 1 <= self.steps <= 100_000):
+            raise ValueError(f"rounds {self.rounds} and steps {self.steps} must be in 1..100000")
+        if self.expected_batch <= 0 or self.learning_rate <= 0:
+            raise ValueError("expected_batch and learning_rate must be > 0")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}, must be in [0, 1)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacyStatement:
+    """What a version says of its own privacy; signed with it.
+
+    Attributes:
+        epsilon: Spent by every unit, at most, for this version; >= 0.
+        mechanism: For example "DP-SGD, Poisson sampling, Gaussian noise".
+        accountant: What computed epsilon, for example "RDP".
+        expected_cohort: Devices a round expects; 0 for a version that saw no private data.
+        trust_model: The sentence that is said to users.
+    """
+
+    unit: Unit
+    epsilon: Decimal
+    delta: Decimal
+    mechanism: str
+    accountant: str
+    expected_cohort: int
+    trust_model: str
+
+    def __post_init__(self) -> None:
+        _check_finite(self.epsilon, self.delta)
+        if self.epsilon < 0 or not 0 <= self.delta < 1:
+            raise ValueError(f"epsilon {self.epsilon} must be >= 0 and delta {self.delta} in [0, 1)")
+
+
+def _check_finite(*values: Decimal) -> None:
+    for value in values:
+        if not value.is_finite():
+            raise ValueError(f"{value} is not finite")

@@ -1,0 +1,6 @@
+"""Model definitions, one use case a file; torch is imported only where a module is built."""
+
+from models.definitions.definition import ModelDefinition
+from models.tensors.spec import TensorSpec
+
+__all__ = ["ModelDefinition", "TensorSpec"]

@@ -1,0 +1,1 @@
+"""Arithmetic that devices and coordinator must do alike; NumPy only."""

@@ -1,0 +1,54 @@
+"""Parameters as one flat float32 vector: the order in which names and shapes follow each other."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Vector: TypeAlias = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Names and shapes of an architecture's parameters, in the order of the flat vector."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.shapes) or len(set(self.names)) != len(self.names):
+            raise ValueError("a layout needs one shape a name, and each name once")
+        if any(length < 1 for shape in self.shapes for length in shape):
+            raise ValueError("a layout's shapes hold lengths >= 1")
+
+    @property
+    def size(self) -> int:
+        """Number of values in the flat vector."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def flatten(self, arrays: Mapping[str, npt.NDArray[np.float32]]) -> Vector:
+        """Return `arrays` as one vector, shape (size,), float32.
+
+        Raises:
+            ValueError: Names or shapes are not this layout's.
+        """
+        if set(arrays) != set(self.names):
+            raise ValueError(f"parameters {sorted(arrays)} are not {sorted(self.names)}")
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            if arrays[name].shape != shape:
+                raise ValueError(f"parameter {name!r} has shape {arrays[name].shape}, expected {shape}")
+        return np.concatenate([np.asarray(arrays[name], np.float32).ravel() for name in self.names])
+
+    def unflatten(self, vector: Vector) -> dict[str, npt.NDArray[np.float32]]:
+        """Return views of `vector`, shape (size,), by name; writing to one writes to the vector."""
+        if vector.shape != (self.size,):
+            raise ValueError(f"vector has shape {vector.shape}, expected ({self.size},)")
+        arrays, start = {}, 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            end = start + math.prod(shape)
+            arrays[name] = vector[start:end].reshape(shape)
+            start = end
+        return arrays
