@@ -1,0 +1,236 @@
+"""Every document on the wire or the disk: its bytes are pinned, and hostile bytes give one named error."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.contract.encoding import build_canonical, build_json, parse_json
+from models.contract.envelope import RunNotice, TrainOrder, WakeCommand, build_envelope, open_envelope
+from models.contract.errors import ContractError, EnvelopeError, MalformedError
+from models.contract.manifest import (
+    FileEntry,
+    Lineage,
+    ModelManifest,
+    Quality,
+    TrainingContract,
+    build_manifest,
+    parse_manifest,
+)
+from models.contract.messages import Ack, Event, EventKind, Status, Telemetry
+from models.contract.offer import build_offer, parse_offer
+from models.contract.privacy import PrivacyPlan, PrivacyStatement, TrainingPlan, Unit
+from models.contract.topics import parse_device_topic
+from models.tensors.layout import Layout
+from models.tensors.spec import TensorSpec
+
+GOLDEN_DIR = Path(__file__).parent / "golden"
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+NOW_S = 1_800_000_000
+
+PRIVACY = PrivacyPlan(
+    unit=Unit.SAMPLE,
+    clipping_norm=Decimal("0.5"),
+    noise_multiplier=Decimal("1.25"),
+    sampling_rate=Decimal("0.1"),
+    delta=Decimal("0.001"),
+    epsilon=Decimal(8),
+)
+TRAINING = TrainingPlan(rounds=6, steps=20, expected_batch=Decimal(16), learning_rate=Decimal("0.5"))
+HEADER = {"fleet": "demo", "audience": "device-1", "sequence": 7, "issued_at": NOW_S, "expires_at": NOW_S + 60}
+ORDER = TrainOrder(
+    **HEADER,
+    model="digits",
+    graph_digest="a" * 64,
+    parameters_digest="b" * 64,
+    run="run-1",
+    round=2,
+    privacy=PRIVACY,
+    training=TRAINING,
+)
+MANIFEST = ModelManifest(
+    model="digits",
+    version=3,
+    runtime="onnx",
+    inputs=(TensorSpec("image", ("batch", 1, 8, 8), "float32"),),
+    outputs=(TensorSpec("logits", ("batch", 10), "float32"),),
+    labels=tuple("0123456789"),
+    files={
+        name: FileEntry(digest=digit * 64, size_bytes=1000)
+        for name, digit in (("inference.onnx", "1"), ("train_step.onnx", "2"), ("evaluate.onnx", "3"))
+    },
+    training=TrainingContract(
+        layout=Layout(names=("f.weight", "f.bias"), shapes=((10, 64), (10,))),
+        batch=64,
+        target=TensorSpec("y", ("batch",), "int64"),
+        metric="accuracy",
+    ),
+    lineage=Lineage(parent_version=2, run="run-1", round=2),
+    privacy=PrivacyStatement(
+        unit=Unit.SAMPLE,
+        epsilon=Decimal("3.5"),
+        delta=Decimal("0.001"),
+        mechanism="DP-SGD",
+        accountant="RDP",
+        expected_cohort=8,
+        trust_model="protects each record",
+    ),
+    quality=Quality(
+        metric="accuracy",
+        value=Decimal("0.90"),
+        samples=200,
+        float_value=Decimal("0.91"),
+        logit_deviation=Decimal("0.02"),
+    ),
+)
+DOCUMENTS: dict[str, tuple[bytes, Callable[[bytes], Any], Any]] = {
+    "manifest": (build_manifest(MANIFEST), parse_manifest, MANIFEST),
+    "train_order": (build_canonical(ORDER), lambda data: parse_json(data, TrainOrder), ORDER),
+    "status": (
+        build_json(status := Status(sent_at=1.5, online=True, agent="0.1.0", model="digits", version=3, slot="a")),
+        lambda data: parse_json(data, Status),
+        status,
+    ),
+    "telemetry": (
+        build_json(telemetry := Telemetry(id="t1", sent_at=1.5, uptime_s=3.0, rss_mb=80.5, model="digits")),
+        lambda data: parse_json(data, Telemetry),
+        telemetry,
+    ),
+    "event": (
+        build_json(event := Event(id="e1", sent_at=1.5, kind=EventKind.UPDATED, message="serves 3", version=3)),
+        lambda data: parse_json(data, Event),
+        event,
+    ),
+    "ack": (build_json(ack := Ack(ids=("e1", "e2"))), lambda data: parse_json(data, Ack), ack),
+    "wake_command": (
+        build_canonical(
+            wake := WakeCommand(**HEADER, model="digits", run="run-1", poll_interval_ms=200, idle_timeout_s=60)
+        ),
+        lambda data: parse_json(data, WakeCommand),
+        wake,
+    ),
+    "run_notice": (
+        build_canonical(
+            notice := RunNotice(
+                **{**HEADER, "audience": "*"},
+                model="digits",
+                run="run-1",
+                state="open",
+                privacy=PRIVACY,
+                training=TRAINING,
+            )
+        ),
+        lambda data: parse_json(data, RunNotice),
+        notice,
+    ),
+}
+PARSERS = [parse for _, parse, _ in DOCUMENTS.values()] + [
+    parse_offer,
+    lambda data: open_envelope(data, TrainOrder, key=KEY.public_key(), fleet="demo", audience="device-1", now_s=NOW_S),
+    lambda data: parse_device_topic("demo", data.decode(errors="replace")),
+]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_bytes_of_a_document_are_pinned_by_its_golden_file(name: str) -> None:
+    data, parse, document = DOCUMENTS[name]
+    golden = (GOLDEN_DIR / f"{name}.json").read_bytes().rstrip(b"\n")
+    assert data == golden
+    assert parse(golden) == document
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_fields_added_later_are_ignored_and_another_schema_is_refused(name: str) -> None:
+    data, parse, document = DOCUMENTS[name]
+    fields = json.loads(data)
+    assert parse(json.dumps(fields | {"added_later": 1}).encode()) == document
+    with pytest.raises(MalformedError):
+        parse(json.dumps(fields | {"schema_version": 2}).encode())
+
+
+@pytest.mark.parametrize("parse", PARSERS)
+@given(data=st.binary(max_size=300) | st.recursive(st.none() | st.text() | st.integers(), st.lists).map(build_json))
+def test_hostile_bytes_give_a_contract_error(parse: Callable[[bytes], Any], data: bytes) -> None:
+    with pytest.raises(ContractError):
+        parse(data)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+@given(data=st.data())
+def test_a_field_of_another_kind_gives_a_contract_error_or_a_valid_document(name: str, data: st.DataObject) -> None:
+    raw, parse, document = DOCUMENTS[name]
+    fields = json.loads(raw)
+    key = data.draw(st.sampled_from(sorted(fields)))
+    junk = st.sampled_from([None, [], {}, "", "../x", -1, 1e30, "NaN", "Infinity", True, [None], "\0", 10**400])
+    fields[key] = data.draw(junk)
+    try:
+        assert isinstance(parse(json.dumps(fields).encode()), type(document))
+    except ContractError:
+        pass
+
+
+def test_deeply_nested_and_oversized_documents_are_malformed() -> None:
+    for data in (b"[" * 60_000, b'{"a":' * 10_000, b" " * 70_000 + b"{}"):
+        with pytest.raises(MalformedError):
+            parse_manifest(data)
+
+
+def test_an_offer_carries_its_files_and_refuses_bombs_and_strange_names() -> None:
+    files = {"1.root.json": b"{}", "timestamp.json": b'{"a": 1}'}
+    assert parse_offer(build_offer(files)) == files
+    with pytest.raises(ValueError, match="at most"):
+        build_offer({"timestamp.json": b" " * 300_000})
+    import zstandard
+
+    bomb = zstandard.ZstdCompressor(level=1).compress(b" " * 50_000_000)
+    assert len(bomb) < 10_000
+    with pytest.raises(MalformedError):
+        parse_offer(bomb)
+    named = zstandard.compress(b'{"schema_version":1,"metadata":{"../../etc/passwd":"x"}}')
+    with pytest.raises(MalformedError, match="no name"):
+        parse_offer(named)
+
+
+def test_signed_documents_hold_no_floats() -> None:
+    with pytest.raises(ValueError, match="float"):
+        build_canonical({"epsilon": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"fleet": "other"}, "fleet"),
+        ({"audience": "device-2"}, "device-2"),
+        ({"issued_at": NOW_S - 90, "expires_at": NOW_S - 30}, "expired"),
+        ({"issued_at": NOW_S + 400, "expires_at": NOW_S + 500}, "ahead"),
+    ],
+)
+def test_an_order_that_is_stale_or_for_somebody_else_is_refused(change: dict[str, Any], reason: str) -> None:
+    envelope = build_envelope(dataclasses.replace(ORDER, **change), KEY)
+    with pytest.raises(EnvelopeError, match=reason):
+        open_order(envelope)
+
+
+def test_a_genuine_order_opens_and_a_forged_or_altered_one_does_not() -> None:
+    envelope = build_envelope(ORDER, KEY)
+    assert open_order(envelope) == ORDER
+    with pytest.raises(EnvelopeError, match="signature"):
+        open_order(build_envelope(ORDER, Ed25519PrivateKey.generate()))
+    with pytest.raises(EnvelopeError, match="signature"):
+        open_order(envelope.replace(b"run-1", b"run-2"))
+    wake = WakeCommand(**HEADER, model="digits", run="run-1", poll_interval_ms=200, idle_timeout_s=60)
+    with pytest.raises(MalformedError):
+        open_order(build_envelope(wake, KEY))
+
+
+def open_order(envelope: bytes) -> TrainOrder:
+    return open_envelope(
+        envelope, TrainOrder, key=KEY.public_key(), fleet="demo", audience="device-1", now_s=NOW_S + 1
+    )
