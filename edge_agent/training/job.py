@@ -1,0 +1,96 @@
+"""What the agent tells its training process, and what that process says back.
+
+One `TrainingJob` on stdin; one `TrainingEvent` a line on stdout.
+"""
+
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Literal
+
+from models.contract.encoding import build_json, parse_json
+from models.contract.topics import check_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingJob:
+    """One run that this device takes part in. Paths are text, since JSON has no other.
+
+    Attributes:
+        graph_dir: Folder with manifest.json and train_step.onnx of the version that is trained.
+        coordinator_key_pem: Ed25519 public key that signs train orders.
+        superlink: HOST:PORT of the SuperLink.
+        samples_path: The device's private samples.
+        training_dir: Where ledger and stored updates live.
+        epsilon_limit: The owner's largest total epsilon for this model, over all runs; > 0.
+        delta: The owner's delta, at which that total is stated; (0, 1).
+        noise_multiplier_limit: The owner's least noise multiplier; >= 0.
+    """
+
+    device_id: str
+    fleet: str
+    model: str
+    run: str
+    graph_dir: str
+    coordinator_key_pem: str
+    superlink: str
+    ca_path: str
+    node_key_path: str
+    samples_path: str
+    training_dir: str
+    poll_interval_s: float
+    idle_timeout_s: float
+    epsilon_limit: Decimal
+    delta: Decimal
+    noise_multiplier_limit: Decimal
+
+    def __post_init__(self) -> None:
+        check_name(self.device_id, "device id")
+        check_name(self.fleet, "fleet")
+        check_name(self.model, "model")
+        check_name(self.run, "run")
+        if not (self.epsilon_limit.is_finite() and self.epsilon_limit > 0):
+            raise ValueError(f"epsilon_limit is {self.epsilon_limit}, must be finite and > 0")
+        if not 0 < self.delta < 1:
+            raise ValueError(f"delta is {self.delta}, must be in (0, 1)")
+        if not (self.noise_multiplier_limit.is_finite() and self.noise_multiplier_limit >= 0):
+            raise ValueError(f"noise_multiplier_limit is {self.noise_multiplier_limit}, must be finite and >= 0")
+        if self.poll_interval_s <= 0 or self.idle_timeout_s <= 0:
+            raise ValueError("poll_interval_s and idle_timeout_s must be > 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingEvent:
+    """Something that happened in the training process; nothing here derives from samples.
+
+    Attributes:
+        event: joined: the SuperLink knows the node; trained: an update was made and charged; resent: a
+            stored one left again; refused: a genuine order beyond a limit, or that failed; order_refused:
+            an order that is not acted on; ended: the process ends.
+        message: One line for a person.
+        epsilon: Spent in total on this model, a decimal number.
+    """
+
+    event: Literal["joined", "trained", "resent", "refused", "order_refused", "ended"]
+    message: str
+    round: int | None = None
+    epsilon: str | None = None
+
+
+def build_job(job: TrainingJob) -> bytes:
+    """Return `job` as JSON."""
+    return build_json(job)
+
+
+def parse_job(data: bytes) -> TrainingJob:
+    """Return the job in `data`; raises MalformedError."""
+    return parse_json(data, TrainingJob)
+
+
+def build_event(event: TrainingEvent) -> bytes:
+    """Return `event` as one line of JSON, newline included."""
+    return build_json(event) + b"\n"
+
+
+def parse_event(line: bytes) -> TrainingEvent:
+    """Return the event in one line; raises MalformedError."""
+    return parse_json(line, TrainingEvent)
