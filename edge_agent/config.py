@@ -1,0 +1,159 @@
+"""What an agent is told: a TOML file, environment variables `EDGE_AGENT_SECTION__KEY` over it."""
+
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+
+from models.contract.settings import load_settings
+from models.contract.topics import check_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpSettings:
+    """The local inference API.
+
+    Attributes:
+        host: Address to listen on; also accepted in the `Host` header.
+        uds: Unix socket; None means `agent.sock` in the state directory.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    uds: Path | None = None
+
+    def __post_init__(self) -> None:
+        _check_port(self.port, "http.port")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerSettings:
+    """The MQTT 5 broker of the fleet."""
+
+    host: str = "127.0.0.1"
+    port: int = 1883
+    keepalive_s: int = 30
+
+    def __post_init__(self) -> None:
+        _check_port(self.port, "broker.port")
+        if not 5 <= self.keepalive_s <= 3600:
+            raise ValueError(f"broker.keepalive_s is {self.keepalive_s}, must be in 5..3600")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateSettings:
+    """How releases are fetched.
+
+    Attributes:
+        deadline_s: For the whole fetch of one release, however many files it has.
+        window: Chunks asked for at once.
+    """
+
+    deadline_s: float = 120.0
+    window: int = 4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.deadline_s <= 86_400:
+            raise ValueError(f"updates.deadline_s is {self.deadline_s}, must be in 1..86400")
+        if not 1 <= self.window <= 64:
+            raise ValueError(f"updates.window is {self.window}, must be in 1..64")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FederationSettings:
+    """Where and as whom the device trains."""
+
+    superlink: str
+    ca_path: Path
+    node_key_path: Path
+
+    def __post_init__(self) -> None:
+        host, _, port = self.superlink.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError(f"federation.superlink is {self.superlink!r}, must be HOST:PORT")
+        _check_port(int(port), "federation.superlink")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacySettings:
+    """The owner's own limits, held over any plan of the coordinator.
+
+    Attributes:
+        epsilon_limit: Largest epsilon that one model may cost over the device's lifetime; > 0.
+        noise_multiplier_limit: Least noise multiplier of a run; >= 0.
+        delta: At which the lifetime epsilon is shown; (0, 1).
+    """
+
+    epsilon_limit: Decimal = Decimal(8)
+    noise_multiplier_limit: Decimal = Decimal(0)
+    delta: Decimal = Decimal("0.001")
+
+    def __post_init__(self) -> None:
+        if not self.epsilon_limit.is_finite() or self.epsilon_limit <= 0:
+            raise ValueError(f"privacy.epsilon_limit is {self.epsilon_limit}, must be > 0")
+        if not self.noise_multiplier_limit.is_finite() or self.noise_multiplier_limit < 0:
+            raise ValueError(f"privacy.noise_multiplier_limit is {self.noise_multiplier_limit}, must be >= 0")
+        if not self.delta.is_finite() or not 0 < self.delta < 1:
+            raise ValueError(f"privacy.delta is {self.delta}, must be in (0, 1)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TelemetrySettings:
+    """How often the device reports measurements of itself."""
+
+    interval_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.interval_s <= 86_400:
+            raise ValueError(f"telemetry.interval_s is {self.interval_s}, must be in 1..86400")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSettings:
+    """Everything an agent is told.
+
+    Attributes:
+        model: The one model it serves.
+        state_dir: Everything it keeps; made on the first start.
+        tuf_root_path: The root of trust that enrolment put there.
+        federation: None for a device that only serves.
+    """
+
+    device_id: str
+    fleet: str
+    model: str
+    state_dir: Path
+    tuf_root_path: Path
+    http: HttpSettings = field(default_factory=HttpSettings)
+    broker: BrokerSettings = field(default_factory=BrokerSettings)
+    updates: UpdateSettings = field(default_factory=UpdateSettings)
+    federation: FederationSettings | None = None
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+
+    def __post_init__(self) -> None:
+        check_name(self.device_id, "device_id")
+        check_name(self.fleet, "fleet")
+        check_name(self.model, "model")
+
+    @property
+    def uds_path(self) -> Path:
+        """Where the Unix socket is."""
+        return self.http.uds or self.state_dir / "agent.sock"
+
+    @property
+    def samples_path(self) -> Path:
+        return self.state_dir / "samples.db"
+
+    @property
+    def training_dir(self) -> Path:
+        return self.state_dir / "training"
+
+
+def load_agent_settings(path: Path) -> AgentSettings:
+    """Return the settings in the TOML file at `path`; raises SettingsError."""
+    return load_settings(path, AgentSettings, prefix="EDGE_AGENT")
+
+
+def _check_port(port: int, key: str) -> None:
+    if not 1 <= port <= 65_535:
+        raise ValueError(f"{key} is {port}, must be in 1..65535")

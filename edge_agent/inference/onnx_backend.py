@@ -1,0 +1,67 @@
+"""ONNX Runtime, set up for small models on small machines.
+
+`run` is used rather than I/O binding: with outputs whose number of rows changes, the binding must be made
+anew for every call, and that measured 12 us where `run` took 9 (dense 64-32-10, batch 1).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnxruntime as ort
+
+from edge_agent.errors import RequestError, StalledError
+from edge_agent.inference.backend import Array
+
+# Not a directory, so that no name in a graph can be a file below it: external data is refused.
+_NO_DIRECTORY = "/dev/null"
+
+
+class OnnxBackend:
+    """An ONNX graph in a session of its own."""
+
+    def __init__(self, path: Path) -> None:
+        """Load the graph at `path`.
+
+        Raises:
+            StalledError: Unreadable, no ONNX graph, or one that needs external data.
+        """
+        try:
+            graph = path.read_bytes()
+        except OSError as error:
+            raise StalledError(f"{path}: {error.strerror or error}") from error
+        try:
+            self._session = ort.InferenceSession(graph, _build_options(), providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors have no base of their own
+            raise StalledError(f"{path}: onnxruntime refuses the graph: {_one_line(error)}") from error
+        self._inputs = [tensor.name for tensor in self._session.get_inputs()]
+        self._outputs = [tensor.name for tensor in self._session.get_outputs()]
+
+    @property
+    def input_names(self) -> Sequence[str]:
+        return self._inputs
+
+    @property
+    def output_names(self) -> Sequence[str]:
+        return self._outputs
+
+    def run(self, inputs: Mapping[str, Array]) -> Sequence[Array]:
+        try:
+            outputs: Sequence[Array] = self._session.run(self._outputs, inputs)
+        except Exception as error:
+            raise RequestError(f"the model cannot run on these inputs: {_one_line(error)}") from error
+        return outputs
+
+
+def _build_options() -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1  # two threads double the time of small models
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # errors come as exceptions; a bad request must not fill the log
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", _NO_DIRECTORY)
+    return options
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
