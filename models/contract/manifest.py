@@ -127,4 +127,3 @@ def build_manifest(manifest: ModelManifest) -> bytes:
 def parse_manifest(data: bytes) -> ModelManifest:
     """Return the manifest in `data`; raises MalformedError."""
     return parse_json(data, ModelManifest)
-

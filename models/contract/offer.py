@@ -76,4 +76,3 @@ def split_chunks(data: bytes) -> list[bytes]:
 def count_chunks(size_bytes: int) -> int:
     """Return into how many chunks an artifact of `size_bytes` is split."""
     return max(1, -(-size_bytes // CHUNK_MAX_BYTES))
-

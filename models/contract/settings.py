@@ -39,9 +39,7 @@ def load_settings(
     _override(document, kind, prefix, environment)
     _check_known(document, kind, str(path), "")
     try:
-        return msgspec.convert(
-            document, kind, dec_hook=lambda hint, value: _decode(hint, value, path.resolve().parent)
-        )
+        return msgspec.convert(document, kind, dec_hook=lambda hint, value: _decode(hint, value, path.resolve().parent))
     except (msgspec.ValidationError, ValueError) as error:
         raise SettingsError(f"{path}: {error}") from error
 

@@ -1,9 +1,9 @@
 """The MQTT topic grammar: build and parse, nothing else.
 
-    fl/v1/{fleet}/offer
-    fl/v1/{fleet}/blob/{sha256}/{index}
-    fl/v1/{fleet}/run/{model}
-    fl/v1/{fleet}/device/{id}/{channel}      channel: status telemetry event ack command
+fl/v1/{fleet}/offer
+fl/v1/{fleet}/blob/{sha256}/{index}
+fl/v1/{fleet}/run/{model}
+fl/v1/{fleet}/device/{id}/{channel}      channel: status telemetry event ack command
 """
 
 import re
@@ -43,9 +43,7 @@ def check_name(name: str, what: str = "name") -> str:
         ValueError: Anything but 1 to 64 of A-Z a-z 0-9 . _ - beginning with a letter or digit.
     """
     if not _NAME.fullmatch(name):
-        raise ValueError(
-            f"{what} {name!r:.80} must be 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or digit"
-        )
+        raise ValueError(f"{what} {name!r:.80} must be 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or digit")
     return name
 
 

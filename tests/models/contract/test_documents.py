@@ -1,5 +1,6 @@
 """Every document on the wire or the disk: its bytes are pinned, and hostile bytes give one named error."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
@@ -170,10 +172,8 @@ def test_a_field_of_another_kind_gives_a_contract_error_or_a_valid_document(name
     key = data.draw(st.sampled_from(sorted(fields)))
     junk = st.sampled_from([None, [], {}, "", "../x", -1, 1e30, "NaN", "Infinity", True, [None], "\0", 10**400])
     fields[key] = data.draw(junk)
-    try:
+    with contextlib.suppress(ContractError):
         assert isinstance(parse(json.dumps(fields).encode()), type(document))
-    except ContractError:
-        pass
 
 
 def test_deeply_nested_and_oversized_documents_are_malformed() -> None:
@@ -187,8 +187,6 @@ def test_an_offer_carries_its_files_and_refuses_bombs_and_strange_names() -> Non
     assert parse_offer(build_offer(files)) == files
     with pytest.raises(ValueError, match="at most"):
         build_offer({"timestamp.json": b" " * 300_000})
-    import zstandard
-
     bomb = zstandard.ZstdCompressor(level=1).compress(b" " * 50_000_000)
     assert len(bomb) < 10_000
     with pytest.raises(MalformedError):
@@ -231,6 +229,4 @@ def test_a_genuine_order_opens_and_a_forged_or_altered_one_does_not() -> None:
 
 
 def open_order(envelope: bytes) -> TrainOrder:
-    return open_envelope(
-        envelope, TrainOrder, key=KEY.public_key(), fleet="demo", audience="device-1", now_s=NOW_S + 1
-    )
+    return open_envelope(envelope, TrainOrder, key=KEY.public_key(), fleet="demo", audience="device-1", now_s=NOW_S + 1)
