@@ -1,0 +1,295 @@
+"""This device as a Flower node: answers train messages until none has come for a while.
+
+The only door to flwr on the device. No app bundle of the server is ever fetched or run: what trains
+is `handle`, and what it does not answer stays unanswered.
+
+    joining --activated--> polling --message--> answering
+       ^                    |  ^                    |
+       `---- forgotten -----'  `--------------------'      nothing for `idle_timeout_s`: the end
+"""
+
+import logging
+import os
+import ssl
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # flwr reads both while it is imported
+os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+
+import httpx
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    inflate_object_from_contents,
+    pull_objects,
+    push_objects,
+)
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from edge_agent.errors import StalledError, TransientError
+from models.contract.files import save_atomically
+from models.tensors.layout import Vector
+
+Handle: TypeAlias = Callable[[Vector, bytes], Vector | None]
+
+_log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 30.0  # SuperLink takes a node for gone after two of them
+RETRY_FIRST_S, RETRY_MAX_S = 0.2, 5.0
+OBJECT_FIRST_RETRY_S = 0.02  # a message is announced before its arrays are there; flwr would wait 1 s
+OBJECT_MAX_S = 60.0
+
+
+def serve(
+    *,
+    superlink: str,
+    ca_path: Path,
+    node_key_path: Path,
+    poll_interval_s: float,
+    idle_timeout_s: float,
+    handle: Handle,
+    on_joined: Callable[[], None],
+) -> None:
+    """Answer train messages of the SuperLink at `superlink` until none has come for `idle_timeout_s`.
+
+    A SuperLink that is away, restarts or has forgotten this device is tried again until then.
+
+    Args:
+        superlink: HOST:PORT.
+        ca_path: Certificate authority of the SuperLink, PEM.
+        node_key_path: The device's NIST-curve private key, PEM or OpenSSH. Beside it, with the suffix
+            ".node", the node id is kept: a process that was killed rejoins at once by it.
+        poll_interval_s: How often to ask for a message; > 0.
+        idle_timeout_s: > 0.
+        handle: Gets parameters, shape (n,), float32, and the envelope; returns the update, or None to
+            answer nothing. What it raises is logged without its message, which may tell of private data.
+        on_joined: Called once, when the SuperLink has let this device in.
+
+    Raises:
+        TransientError: The SuperLink never let this device in.
+        StalledError: The key or the certificate authority cannot be read.
+    """
+    try:
+        key = _load_key(node_key_path)
+        context = ssl.create_default_context(cafile=ca_path)
+    except (OSError, ValueError) as error:
+        raise StalledError(f"cannot join the SuperLink with {node_key_path} and {ca_path}: {error}") from error
+    _Node(f"https://{superlink}", context, key, node_key_path.with_suffix(".node"), idle_timeout_s).serve(
+        poll_interval_s, handle, on_joined
+    )
+
+
+def _load_key(path: Path) -> EllipticCurvePrivateKey:
+    data = path.read_bytes()
+    key = (load_ssh_private_key if b"OPENSSH" in data else load_pem_private_key)(data, None)
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise ValueError("the node key is not an elliptic curve key")  # noqa: TRY004 - wrong content, not wrong call
+    return key
+
+
+class _Node:
+    """The membership of this device, and the messages it gets."""
+
+    def __init__(
+        self, url: str, context: ssl.SSLContext, key: EllipticCurvePrivateKey, id_path: Path, idle_timeout_s: float
+    ) -> None:
+        interceptors = [
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            NodeAuthHttpInterceptor(key, key.public_key()),
+        ]
+        retries = RetryInvoker(
+            lambda: exponential(base_delay=RETRY_FIRST_S, max_delay=RETRY_MAX_S),
+            (httpx.TransportError, httpx.HTTPStatusError),
+            max_tries=None,
+            max_time=None,
+            should_giveup=lambda error: self._is_idle() or _status(error) in range(400, 500),
+        )
+        # Heartbeats and the farewell are not repeated: nobody waits for them.
+        self._once = FleetHttpClient(url, interceptors=interceptors, verify=context)
+        self._client = FleetHttpClient(url, interceptors=interceptors, verify=context, retry_invoker=retries)
+        self._public_key = public_key_to_bytes(key.public_key())
+        self._id_path, self._idle_timeout_s = id_path, idle_timeout_s
+        self._node: Node | None = None
+        self._heard_at = time.monotonic()
+
+    def serve(self, poll_interval_s: float, handle: Handle, on_joined: Callable[[], None]) -> None:
+        heartbeat, has_joined = HeartbeatSender(self._beat), False
+        try:
+            while not self._is_idle():
+                if self._node is None:
+                    if not self._join():
+                        time.sleep(min(poll_interval_s, RETRY_MAX_S))
+                        continue
+                    if not has_joined:
+                        has_joined = True
+                        heartbeat.start()
+                        on_joined()
+                if not self._answer_next(handle):
+                    time.sleep(poll_interval_s)
+        finally:
+            if heartbeat.is_running:
+                heartbeat.stop()
+            self._leave()
+            self._client.close()
+            self._once.close()
+        if not has_joined:
+            raise TransientError(f"the SuperLink did not let this device in within {self._idle_timeout_s:g} s")
+
+    def _is_idle(self) -> bool:
+        return time.monotonic() - self._heard_at >= self._idle_timeout_s
+
+    def _join(self) -> bool:
+        request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_S)
+        try:
+            self._node = Node(node_id=self._client.ActivateNode(request).node_id)
+        except httpx.HTTPError as error:
+            _log.warning("the SuperLink does not let this device in: %s", _describe(error))
+            # SuperLink refuses a node that it believes online, as it does after this process was killed.
+            self._forget_past()
+            return False
+        save_atomically(self._id_path, str(self._node.node_id).encode())
+        return True
+
+    def _forget_past(self) -> None:
+        try:
+            self._once.DeactivateNode(DeactivateNodeRequest(node_id=int(self._id_path.read_text())))
+        except (OSError, ValueError, httpx.HTTPError):
+            _log.debug("no earlier membership to end")
+
+    def _leave(self) -> None:
+        if self._node is not None:
+            try:
+                self._once.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
+            except httpx.HTTPError as error:
+                _log.info("left without a farewell: %s", _describe(error))
+
+    def _beat(self) -> bool:
+        node = self._node
+        if node is None:
+            return True
+        try:
+            request = SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_S)
+            return bool(self._once.SendNodeHeartbeat(request).success)
+        except httpx.HTTPError:
+            return False
+
+    def _answer_next(self, handle: Handle) -> bool:
+        """Return whether there was a message; whatever went wrong with it is logged."""
+        try:
+            pulled = self._client.PullMessages(PullMessagesRequest(node=self._node))
+        except httpx.HTTPError as error:
+            _log.warning("no messages: %s", _describe(error))
+            if _status(error) == httpx.codes.UNAUTHORIZED:  # a SuperLink with a new database
+                self._node = None
+            return False
+        if not pulled.messages_list:
+            return False
+        self._heard_at = started = time.monotonic()
+        run_id = message_from_proto(pulled.messages_list[0]).metadata.run_id
+        try:
+            message = self._fetch(run_id, pulled.message_object_trees[0])
+            update = _apply(handle, message)
+            self._heard_at = time.monotonic()
+            if update is not None:
+                content = RecordDict({"arrays": ArrayRecord({"update": Array(update)})})
+                self._push(Message(content, reply_to=message), started)
+        except (httpx.HTTPError, ObjectPullError, ObjectPushError) as error:
+            _log.warning("the message stays unanswered: %s", _describe(error))
+        self._heard_at = time.monotonic()
+        return True
+
+    def _fetch(self, run_id: int, tree: ObjectTree) -> Message:
+        contents = pull_objects(
+            [branch.object_id for branch in iterate_object_tree(tree)],
+            make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id),
+            max_time=OBJECT_MAX_S,
+            initial_backoff=OBJECT_FIRST_RETRY_S,
+            backoff_cap=1.0,
+        )
+        make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, self._node, run_id)(
+            tree.object_id
+        )
+        message = inflate_object_from_contents(tree.object_id, contents)
+        if not isinstance(message, Message):
+            raise ObjectPullError(tree.object_id, "it is no message")
+        message.metadata.__dict__["_message_id"] = tree.object_id  # a deflated message lacks its own id
+        return message
+
+    def _push(self, reply: Message, started: float) -> None:
+        with no_object_id_recompute():
+            reply.metadata.__dict__["_message_id"] = reply.object_id
+            pushed = self._client.PushMessages(
+                PushMessagesRequest(
+                    node=self._node,
+                    messages_list=[message_to_proto(remove_content_from_message(reply))],
+                    message_object_trees=[get_object_tree(reply)],
+                    clientapp_runtime_list=[time.monotonic() - started],
+                )
+            )
+            push_objects(
+                get_all_nested_objects(reply),
+                make_push_object_fn_protobuf(
+                    self._client.PushObject, self._node, reply.metadata.run_id, pushed.session_id
+                ),
+                object_ids_to_push=set(pushed.objects_to_push),
+            )
+
+
+def _apply(handle: Handle, message: Message) -> Vector | None:
+    try:
+        parameters: Vector = message.content["arrays"]["parameters"].numpy()
+        if parameters.dtype != np.float32 or parameters.ndim != 1:
+            raise TypeError
+        envelope = message.content["order"]["envelope"]
+        if not isinstance(envelope, bytes):
+            raise TypeError
+    except Exception as error:  # noqa: BLE001 - a stranger's message may be wrong in any way
+        _log.warning("a message that is no train message stays unanswered (%s)", type(error).__name__)
+        return None
+    try:
+        return handle(parameters, envelope)
+    except Exception as error:  # noqa: BLE001 - one round's failure must not cost the next
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "?"
+        _log.error("training failed with %s at %s; the message stays unanswered", type(error).__name__, where)
+        return None
+
+
+def _status(error: BaseException) -> int:
+    return error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 0
+
+
+def _describe(error: Exception) -> str:
+    status = _status(error)
+    return f"HTTP {status}" if status else f"{type(error).__name__}: {error}"

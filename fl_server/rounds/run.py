@@ -1,0 +1,171 @@
+"""One run on disk: what was asked for, and every completed round.
+
+RUN_DIR/run.json
+RUN_DIR/rounds/0000/parameters.safetensors            where the run starts
+RUN_DIR/rounds/0001/parameters.safetensors            after round 1
+RUN_DIR/rounds/0001/checkpoint.json                   written last: without it round 1 is not complete
+RUN_DIR/rounds/0002/updates/DEVICE.f32                accepted in round 2, which is under way (see spool.py)
+"""
+
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fl_server.errors import RunError
+from models.contract.encoding import build_digest, build_json, check_digest_text, parse_json
+from models.contract.errors import ContractError
+from models.contract.files import save_atomically
+from models.contract.privacy import PrivacyPlan, TrainingPlan
+from models.contract.topics import check_name
+from models.tensors.layout import Layout, Vector
+
+SPEC_NAME = "run.json"
+PARAMETERS_NAME = "parameters.safetensors"
+CHECKPOINT_NAME = "checkpoint.json"
+SPEC_MAX_BYTES = 64 * 1024 * 1024  # written by the coordinator itself; about 60 bytes a device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """What a run is asked to do. Paths are text, since JSON has no other.
+
+    Attributes:
+        graph_digest: Of the train step graph, as devices have it.
+        devices: Flower node ids by device id.
+        quorum: Least updates that make a round; 1 to the number of devices.
+        deadline_s: Of one round, from its first message to its last update; > 0.
+        join_timeout_s: How long the run waits for its devices to come online; > 0.
+        superlink: HOST:PORT of the SuperLink.
+        ca_path: Its certificate authority, PEM.
+        superexec_secret_path: The secret with which ServerApp tasks are claimed.
+        order_key_path: Ed25519 private key that signs train orders, PEM.
+        update_norm_limit: Largest L2 norm an update may have; > 0.
+    """
+
+    schema_version: Literal[1] = 1
+    fleet: str
+    model: str
+    run: str
+    graph_digest: str
+    layout: Layout
+    privacy: PrivacyPlan
+    training: TrainingPlan
+    devices: dict[str, int]
+    quorum: int
+    deadline_s: float
+    join_timeout_s: float
+    superlink: str
+    ca_path: str
+    superexec_secret_path: str
+    order_key_path: str
+    update_norm_limit: Decimal
+
+    def __post_init__(self) -> None:
+        check_name(self.fleet, "fleet")
+        check_name(self.model, "model")
+        check_name(self.run, "run")
+        check_digest_text(self.graph_digest)
+        for device_id in self.devices:
+            check_name(device_id, "device id")
+        if not 1 <= self.quorum <= len(self.devices):
+            raise ValueError(f"quorum is {self.quorum}, must be in 1..{len(self.devices)}, the number of devices")
+        if not (self.deadline_s > 0 and self.join_timeout_s > 0):
+            raise ValueError("deadline_s and join_timeout_s must be > 0")
+        if not (self.update_norm_limit.is_finite() and self.update_norm_limit > 0):
+            raise ValueError(f"update_norm_limit is {self.update_norm_limit}, must be finite and > 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One completed round.
+
+    Attributes:
+        parameters_digest: Of the round's parameters file.
+        accepted: Devices whose updates are in the mean.
+        missing: Devices that were asked and did not answer, or whose update was refused.
+    """
+
+    schema_version: Literal[1] = 1
+    round: int
+    parameters_digest: str
+    accepted: tuple[str, ...]
+    missing: tuple[str, ...]
+    seconds: float
+
+
+def create_run(run_dir: Path, spec: RunSpec, parameters: Vector) -> None:
+    """Create `run_dir` with `spec` and the flat `parameters` to start from, shape (layout.size,)."""
+    directory = build_round_dir(run_dir, 0)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_atomically(directory / PARAMETERS_NAME, save(spec.layout.unflatten(parameters)))
+    save_atomically(run_dir / SPEC_NAME, build_json(spec))
+
+
+def load_spec(run_dir: Path) -> RunSpec:
+    """Return the specification in `run_dir`; raises RunError."""
+    path = run_dir / SPEC_NAME
+    try:
+        return parse_json(path.read_bytes(), RunSpec, max_bytes=SPEC_MAX_BYTES)
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}") from error
+    except ContractError as error:
+        raise RunError(f"{path}: {error}") from error
+
+
+def build_round_dir(run_dir: Path, number: int) -> Path:
+    return run_dir / "rounds" / f"{number:04d}"
+
+
+def load_parameters(run_dir: Path, layout: Layout, number: int) -> Vector:
+    """Return the parameters after round `number`, shape (layout.size,); raises RunError."""
+    path = build_round_dir(run_dir, number) / PARAMETERS_NAME
+    try:
+        return layout.flatten(load(path.read_bytes()))
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}") from error
+    except (SafetensorError, ValueError) as error:
+        raise RunError(f"{path}: {error}") from error
+
+
+def load_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """Return the newest completed round whose parameters are whole, or None before the first."""
+    for path in sorted((run_dir / "rounds").glob(f"[0-9]*/{CHECKPOINT_NAME}"), reverse=True):
+        try:
+            checkpoint = parse_json(path.read_bytes(), Checkpoint)
+            parameters = path.with_name(PARAMETERS_NAME).read_bytes()
+        except (OSError, ContractError):
+            continue
+        if build_digest(parameters) == checkpoint.parameters_digest:
+            return checkpoint
+    return None
+
+
+def save_checkpoint(
+    run_dir: Path,
+    layout: Layout,
+    parameters: Vector,
+    *,
+    number: int,
+    accepted: tuple[str, ...],
+    missing: tuple[str, ...],
+    seconds: float,
+) -> Checkpoint:
+    """Make round `number` complete, durably; its parameters first, then the word that they count."""
+    directory = build_round_dir(run_dir, number)
+    directory.mkdir(parents=True, exist_ok=True)
+    document = save(layout.unflatten(np.ascontiguousarray(parameters)))
+    save_atomically(directory / PARAMETERS_NAME, document)
+    checkpoint = Checkpoint(
+        round=number,
+        parameters_digest=build_digest(document),
+        accepted=accepted,
+        missing=missing,
+        seconds=seconds,
+    )
+    save_atomically(directory / CHECKPOINT_NAME, build_json(checkpoint))
+    return checkpoint
