@@ -13,7 +13,7 @@ def save_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(staging, path)
+        staging.replace(path)
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
