@@ -15,3 +15,7 @@ class DefinitionError(ServerError):
 
 class RunError(ServerError):
     """A run cannot go on; its parameters are unchanged since the last completed round."""
+
+
+class OfflineKeyError(ServerError):
+    """A key that is kept offline is needed: run the command where that key is."""
