@@ -1,0 +1,117 @@
+"""Handwritten digits, 8 x 8 pixels of 0 to 16, as scikit-learn ships them; a small convolutional network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from models.definitions.definition import ModelDefinition
+from models.tensors.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TEST_SAMPLES = 300
+VALIDATION_SAMPLES = 200
+DEVICE_MIN_SAMPLES = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Samples:
+    """Images, shape (n, 1, 8, 8), float32, 0 to 16; and labels, shape (n,), int64."""
+
+    x: npt.NDArray[np.float32]
+    y: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Splits:
+    """The digits, each in exactly one part."""
+
+    test: Samples
+    validation: Samples
+    devices: tuple[Samples, ...]
+
+
+def build_module() -> nn.Module:
+    """Return the untrained network; it takes raw pixels."""
+    from torch import nn  # noqa: PLC0415 - only who exports has torch
+
+    class Rescale(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 16
+
+    return nn.Sequential(
+        Rescale(),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    )
+
+
+definition = ModelDefinition(
+    name="digits",
+    build=build_module,
+    inputs=(TensorSpec("image", ("batch", 1, 8, 8), "float32"),),
+    outputs=(TensorSpec("logits", ("batch", 10), "float32"),),
+    loss="cross_entropy",
+    metric="accuracy",
+    labels=tuple("0123456789"),
+)
+
+
+def load_splits(devices: int, seed: int, alpha: float = 1.0) -> Splits:
+    """Return the digits split for a demonstration: every label over the devices by a Dirichlet draw.
+
+    Args:
+        devices: How many devices share what is neither test nor validation.
+        seed: The same seed gives the same splits.
+        alpha: Concentration of the draw; small values give each device few labels.
+
+    Raises:
+        ValueError: There are not `DEVICE_MIN_SAMPLES` for each device.
+    """
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - only who makes a demonstration has scikit-learn
+
+    pixels, labels = load_digits(return_X_y=True)
+    x = np.asarray(pixels, np.float32).reshape(-1, 1, 8, 8)
+    y = np.asarray(labels, np.int64)
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(y))
+    test, validation, rest = np.split(order, [TEST_SAMPLES, TEST_SAMPLES + VALIDATION_SAMPLES])
+    shares = _split_by_label(rest, y, devices, alpha, generator)
+    return Splits(
+        test=Samples(x=x[test], y=y[test]),
+        validation=Samples(x=x[validation], y=y[validation]),
+        devices=tuple(Samples(x=x[share], y=y[share]) for share in shares),
+    )
+
+
+def _split_by_label(
+    rows: npt.NDArray[np.intp], y: npt.NDArray[np.int64], devices: int, alpha: float, generator: np.random.Generator
+) -> list[npt.NDArray[np.intp]]:
+    if not 1 <= devices <= len(rows) // DEVICE_MIN_SAMPLES:
+        raise ValueError(f"{devices} devices: the digits suffice for 1 to {len(rows) // DEVICE_MIN_SAMPLES}")
+    parts: list[list[npt.NDArray[np.intp]]] = [[] for _ in range(devices)]
+    for label in np.unique(y):
+        of_label = rows[y[rows] == label]
+        weights = generator.dirichlet([alpha] * devices)
+        cuts = (np.cumsum(weights)[:-1] * len(of_label)).astype(int)
+        for part, piece in zip(parts, np.split(of_label, cuts), strict=True):
+            part.append(piece)
+    shares = [np.concatenate(part) for part in parts]
+    for device in range(devices):  # a device with too little is filled up from the one that has most
+        while len(shares[device]) < DEVICE_MIN_SAMPLES:
+            richest = max(range(devices), key=lambda other: len(shares[other]))
+            taken = generator.integers(len(shares[richest]))
+            shares[device] = np.append(shares[device], shares[richest][taken])
+            shares[richest] = np.delete(shares[richest], taken)
+    return shares
