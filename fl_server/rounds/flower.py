@@ -116,7 +116,12 @@ class SuperLinkCommand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What came back from one node: its arrays by name, or why there is none to count."""
+    """What came back from one node.
+
+    Attributes:
+        arrays: By name, as the device sent them; None if it went away or sent something else.
+        failure: Why what it sent cannot be read; empty if it went away.
+    """
 
     node_id: int
     arrays: Mapping[str, npt.NDArray[Any]] | None = None
@@ -376,7 +381,7 @@ class Session:
         except SessionLostError:
             raise
         except ObjectPullError:
-            yield Reply(node_id=node_id, failure="the device broke off while it sent its reply")
+            yield Reply(node_id=node_id)
         except Exception as error:  # noqa: BLE001 - a device may send anything, and it concerns nobody else
             yield Reply(node_id=node_id, failure=f"the reply cannot be read ({type(error).__name__})")
         else:
@@ -400,7 +405,7 @@ def _build_reply(node_id: int, message: object) -> Reply:
     if not isinstance(message, Message):
         return Reply(node_id=node_id, failure="the reply is no message")
     if not message.has_content():
-        return Reply(node_id=node_id, failure=f"the device did not answer: {message.error.reason}")
+        return Reply(node_id=node_id)
     if set(message.content) != {"arrays"}:
         return Reply(node_id=node_id, failure=f"the reply holds {sorted(message.content)!r:.200}, not ['arrays']")
     record = message.content["arrays"]

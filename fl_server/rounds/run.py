@@ -4,7 +4,9 @@ RUN_DIR/run.json
 RUN_DIR/rounds/0000/parameters.safetensors            where the run starts
 RUN_DIR/rounds/0001/parameters.safetensors            after round 1
 RUN_DIR/rounds/0001/checkpoint.json                   written last: without it round 1 is not complete
-RUN_DIR/rounds/0002/updates/DEVICE.f32                accepted in round 2, which is under way (see spool.py)
+RUN_DIR/rounds/0002/updates/DEVICE.f32                accepted in round 2, which is under way
+
+A round without its checkpoint has not happened: its updates are kept, its parameters are written anew.
 """
 
 from dataclasses import dataclass
@@ -136,7 +138,7 @@ def load_checkpoint(run_dir: Path) -> Checkpoint | None:
     """Return the newest completed round whose parameters are whole, or None before the first."""
     for path in sorted((run_dir / "rounds").glob(f"[0-9]*/{CHECKPOINT_NAME}"), reverse=True):
         try:
-            checkpoint = parse_json(path.read_bytes(), Checkpoint)
+            checkpoint = parse_json(path.read_bytes(), Checkpoint, max_bytes=SPEC_MAX_BYTES)
             parameters = path.with_name(PARAMETERS_NAME).read_bytes()
         except (OSError, ContractError):
             continue

@@ -1,0 +1,287 @@
+"""Drives one run through its rounds; killed at any moment, it goes on with the same round when started again.
+
+    joining --> round --completed--> waiting --"continue"--> round ... --> done
+                 | ^
+                 | `--abandoned: the same round again, with the updates it has; parameters untouched
+                 `--SuperLink lost: another session, then the same round again
+
+Events go out as JSON lines and may repeat: the last completed round is told again after a restart.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from fl_server.errors import RunError
+from fl_server.rounds.aggregation import MeanFold, check_update
+from fl_server.rounds.events import Abandoned, Done, Event, Joined, RoundCompleted, UpdateRefused
+from fl_server.rounds.flower import Reply, Session, SessionLostError
+from fl_server.rounds.quorum import Decision, decide_round, may_begin
+from fl_server.rounds.run import (
+    Checkpoint,
+    RunSpec,
+    build_round_dir,
+    load_checkpoint,
+    load_parameters,
+    load_spec,
+    save_checkpoint,
+)
+from fl_server.rounds.spool import Spool
+from models.contract.encoding import build_digest
+from models.contract.envelope import TrainOrder, build_envelope
+from models.tensors.layout import Vector
+
+_log = logging.getLogger(__name__)
+
+RETRIES = 3  # of one round, before the run is given up
+POLL_FIRST_S, POLL_GROWTH, POLL_MAX_S = 0.05, 1.3, 0.5
+ONLINE_POLL_S = 0.25
+REOPEN_S = 1.0
+
+
+class StoppedError(RunError):
+    """The coordinator said stop, or is gone; the run goes on when its driver is started again."""
+
+
+class Words:
+    """What the coordinator says, one word a line: "continue" or "stop"; the end of the stream means stop."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._permits, self._stopped = threading.Semaphore(0), threading.Event()
+        threading.Thread(target=self._listen, args=(stream,), daemon=True).start()
+
+    def wait_for_permit(self) -> None:
+        """Return at the next "continue"; raises StoppedError."""
+        self._permits.acquire()
+        self.pause(0)
+
+    def pause(self, seconds: float) -> None:
+        """Return after `seconds`; raises StoppedError as soon as it is said."""
+        if self._stopped.wait(seconds):
+            raise StoppedError("stopped")
+
+    def _listen(self, stream: TextIO) -> None:
+        for line in stream:
+            if line.strip() == "continue":
+                self._permits.release()
+            elif line.strip() == "stop":
+                break
+        self._stopped.set()
+        self._permits.release()
+
+
+class Driver:
+    """The run in `run_dir`, from its last checkpoint on."""
+
+    def __init__(self, run_dir: Path, *, words: Words, emit: Callable[[Event], None]) -> None:
+        self._run_dir, self._words, self._emit = run_dir, words, emit
+        self._spec = load_spec(run_dir)
+        self._key = _load_order_key(Path(self._spec.order_key_path))
+        checkpoint = load_checkpoint(run_dir)
+        self._completed = checkpoint.round if checkpoint else 0
+        self._parameters = load_parameters(run_dir, self._spec.layout, self._completed)
+        self._sequence = 0
+        self._abandoned = 0  # attempts at the round under way
+        self._is_permitted = checkpoint is None
+        if checkpoint:
+            self._conclude(checkpoint)
+
+    def run(self) -> None:
+        """Complete the rounds that are left.
+
+        Raises:
+            RunError: Too few devices came, a round was abandoned too often, or the SuperLink stays away.
+            StoppedError: The coordinator said stop.
+        """
+        lost_at: float | None = None
+        while self._completed < self._spec.training.rounds:
+            try:
+                with self._open_session() as session:
+                    lost_at = None
+                    self._join(session)
+                    while self._completed < self._spec.training.rounds:
+                        self._advance(session)
+            except SessionLostError as error:
+                _log.warning("%s", error)
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at > self._spec.join_timeout_s:
+                    raise
+                self._words.pause(REOPEN_S)
+        self._emit(Done())
+
+    def _open_session(self) -> Session:
+        return Session(
+            address=self._spec.superlink,
+            ca_path=Path(self._spec.ca_path),
+            superexec_secret_path=Path(self._spec.superexec_secret_path),
+        )
+
+    def _join(self, session: Session) -> None:
+        self._await_devices(session, wanted=len(self._spec.devices))
+        online = session.list_online()
+        self._emit(Joined(devices=tuple(sorted(name for name, node in self._spec.devices.items() if node in online))))
+
+    def _await_devices(self, session: Session, *, wanted: int) -> None:
+        started = time.monotonic()
+        while True:
+            ready = len(session.list_online().intersection(self._spec.devices.values()))
+            decision = may_begin(
+                ready=ready,
+                wanted=wanted,
+                quorum=self._spec.quorum,
+                elapsed_s=time.monotonic() - started,
+                timeout_s=self._spec.join_timeout_s,
+            )
+            if decision is Decision.COMPLETE:
+                return
+            if decision is Decision.ABANDON:
+                reason = f"{ready} of {len(self._spec.devices)} devices are online, the quorum is {self._spec.quorum}"
+                self._emit(Abandoned(round=self._completed + 1, reason=reason))
+                raise RunError(f"round {self._completed + 1}: {reason}")
+            self._words.pause(ONLINE_POLL_S)
+
+    def _advance(self, session: Session) -> None:
+        if not self._is_permitted:
+            self._words.wait_for_permit()
+            self._is_permitted = True
+        self._await_devices(session, wanted=self._spec.quorum)
+        attempt = _Attempt(self._spec, self._completed + 1, build_round_dir(self._run_dir, self._completed + 1))
+        decision = self._exchange(session, attempt)
+        session.forget()
+        if decision is Decision.COMPLETE:
+            self._complete(attempt)
+        else:
+            self._abandon(attempt)
+
+    def _exchange(self, session: Session, attempt: "_Attempt") -> Decision:
+        online = session.list_online()
+        attempt.ask({name: node for name, node in self._spec.devices.items() if node in online})
+        envelopes = {node: self._build_order(name, attempt.number) for node, name in attempt.waiting.items()}
+        session.send(self._parameters, envelopes, lifetime_s=self._spec.deadline_s)
+        pause_s = POLL_FIRST_S
+        while True:
+            for reply in session.collect():
+                pause_s = POLL_FIRST_S
+                refusal = attempt.take(reply)
+                if refusal:
+                    self._emit(refusal)
+            decision = attempt.decide()
+            if decision is not Decision.WAIT:
+                return decision
+            self._words.pause(pause_s)
+            pause_s = min(pause_s * POLL_GROWTH, POLL_MAX_S)
+
+    def _complete(self, attempt: "_Attempt") -> None:
+        self._parameters = attempt.fold.apply(self._parameters)
+        checkpoint = save_checkpoint(
+            self._run_dir,
+            self._spec.layout,
+            self._parameters,
+            number=attempt.number,
+            accepted=tuple(sorted(attempt.spool.devices)),
+            missing=tuple(sorted(set(self._spec.devices) - attempt.spool.devices)),
+            seconds=attempt.elapsed_s,
+        )
+        self._completed, self._abandoned, self._is_permitted = attempt.number, 0, False
+        self._conclude(checkpoint)
+
+    def _conclude(self, checkpoint: Checkpoint) -> None:
+        Spool(build_round_dir(self._run_dir, checkpoint.round) / "updates", self._spec.layout.size).clear()
+        self._emit(
+            RoundCompleted(
+                round=checkpoint.round,
+                accepted=checkpoint.accepted,
+                missing=checkpoint.missing,
+                seconds=checkpoint.seconds,
+            )
+        )
+
+    def _abandon(self, attempt: "_Attempt") -> None:
+        reason = f"{attempt.fold.count} of {len(self._spec.devices)} updates, the quorum is {self._spec.quorum}"
+        self._emit(Abandoned(round=attempt.number, reason=reason))
+        self._abandoned += 1
+        if self._abandoned > RETRIES:
+            raise RunError(f"round {attempt.number} was abandoned {self._abandoned} times: {reason}")
+
+    def _build_order(self, device_id: str, number: int) -> bytes:
+        now_s = time.time()
+        self._sequence = max(self._sequence + 1, int(now_s * 1e6))
+        order = TrainOrder(
+            fleet=self._spec.fleet,
+            audience=device_id,
+            sequence=self._sequence,
+            issued_at=int(now_s),
+            expires_at=math.ceil(now_s + self._spec.deadline_s),
+            model=self._spec.model,
+            graph_digest=self._spec.graph_digest,
+            parameters_digest=build_digest(self._parameters.astype("<f4").tobytes()),
+            run=self._spec.run,
+            round=number,
+            privacy=self._spec.privacy,
+            training=self._spec.training,
+        )
+        return build_envelope(order, self._key)
+
+
+class _Attempt:
+    """One try at a round: who was asked, and what counts so far, updates of earlier tries included."""
+
+    def __init__(self, spec: RunSpec, number: int, directory: Path) -> None:
+        self._spec, self.number = spec, number
+        self._started = time.monotonic()
+        self.spool = Spool(directory / "updates", spec.layout.size)
+        self.fold = MeanFold(spec.layout.size)
+        for update in self.spool.read():
+            self.fold.add(update)
+        self.waiting: dict[int, str] = {}
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._started
+
+    def ask(self, online: dict[str, int]) -> None:
+        self.waiting = {node: name for name, node in online.items() if name not in self.spool.devices}
+
+    def take(self, reply: Reply) -> UpdateRefused | None:
+        """Count the reply, if it may count; return why it does not."""
+        device_id = self.waiting.pop(reply.node_id, None)
+        if device_id is None:
+            return None
+        if reply.arrays is None and not reply.failure:
+            _log.warning("round %d: %s went away", self.number, device_id)
+            return None
+        update: Vector | str = reply.failure
+        if reply.arrays is not None:
+            limit = float(self._spec.update_norm_limit)
+            update = check_update(reply.arrays, size=self._spec.layout.size, norm_limit=limit)
+        if isinstance(update, str):
+            return UpdateRefused(round=self.number, device=device_id, reason=update)
+        if self.spool.add(device_id, update):
+            self.fold.add(update)
+        return None
+
+    def decide(self) -> Decision:
+        return decide_round(
+            accepted=self.fold.count,
+            waiting=len(self.waiting),
+            quorum=self._spec.quorum,
+            elapsed_s=self.elapsed_s,
+            deadline_s=self._spec.deadline_s,
+        )
+
+
+def _load_order_key(path: Path) -> Ed25519PrivateKey:
+    try:
+        key = load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot read the key that signs orders ({type(error).__name__})") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise RunError(f"{path}: the key that signs orders must be Ed25519")
+    return key

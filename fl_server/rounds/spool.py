@@ -1,0 +1,50 @@
+"""The updates of the round under way, each on disk once, so that a killed coordinator loses none."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from models.contract.files import save_atomically, sync_directory
+from models.contract.topics import check_name
+from models.tensors.layout import Vector
+
+_SUFFIX = ".f32"
+
+
+class Spool:
+    """One round's updates in `directory`: raw little-endian float32, one file a device."""
+
+    def __init__(self, directory: Path, size: int) -> None:
+        self._directory, self._size = directory, size
+        directory.mkdir(parents=True, exist_ok=True)
+        sync_directory(directory.parent)
+        self.devices = {path.name.removesuffix(_SUFFIX) for path in self._list_whole()}
+
+    def add(self, device_id: str, update: Vector) -> bool:
+        """Store one update durably; return False, and store nothing, for a device that has one already."""
+        if device_id in self.devices:
+            return False
+        save_atomically(self._directory / f"{check_name(device_id, 'device id')}{_SUFFIX}", _to_bytes(update))
+        self.devices.add(device_id)
+        return True
+
+    def read(self) -> Iterator[Vector]:
+        """Yield the stored updates, shape (size,), one in memory at a time."""
+        for path in self._list_whole():
+            yield np.frombuffer(path.read_bytes(), "<f4").astype(np.float32)
+
+    def clear(self) -> None:
+        """Remove the updates: they are in the mean, and nobody else is to have them."""
+        for path in self._directory.iterdir():
+            path.unlink()
+        self._directory.rmdir()
+        self.devices.clear()
+
+    def _list_whole(self) -> list[Path]:
+        paths = sorted(self._directory.glob(f"[!.]*{_SUFFIX}"))
+        return [path for path in paths if path.stat().st_size == 4 * self._size]
+
+
+def _to_bytes(update: Vector) -> bytes:
+    return update.astype("<f4", copy=False).tobytes()
