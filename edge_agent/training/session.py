@@ -1,0 +1,136 @@
+"""What the training process does with one train message.
+
+    envelope --opened--> stored? --yes-----------------------------------> sent again
+                            `no--> spend, fsync --> train --> store, fsync --> sent
+
+Whatever does not fit is answered with nothing, and an event says why. An order that failed after its spend
+stays charged; the coordinator's retry spends again, or is refused.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from edge_agent.errors import AgentError
+from edge_agent.training.dp_sgd import check_supported
+from edge_agent.training.job import TrainingEvent, TrainingJob
+from edge_agent.training.ledger import Entry, Ledger, Limits, Spend, compute_total
+from edge_agent.training.updates import UpdateStore
+from models.contract.encoding import build_digest
+from models.contract.envelope import TrainOrder, open_envelope
+from models.contract.errors import ContractError, EnvelopeError
+from models.contract.privacy import PrivacyPlan, TrainingPlan
+from models.tensors.layout import Vector
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSession:
+    """Answers the train messages of one run.
+
+    Attributes:
+        graph_digest: Of the train step graph that `train` runs.
+        size: Number of parameters.
+        key: The coordinator's, which signs orders.
+        train: Makes one round's update, noised; called only for what was charged.
+        report: Takes what happened.
+        now_s: Unix time, s.
+    """
+
+    job: TrainingJob
+    graph_digest: str
+    size: int
+    key: Ed25519PublicKey
+    ledger: Ledger
+    updates: UpdateStore
+    train: Callable[[Vector, PrivacyPlan, TrainingPlan], Vector]
+    report: Callable[[TrainingEvent], None]
+    now_s: Callable[[], float] = time.time
+
+    def handle(self, parameters: Vector, envelope: bytes) -> Vector | None:
+        """Return the update that `envelope` orders, shape (n,), float32; None if it is not to be had."""
+        try:
+            order = open_envelope(
+                envelope,
+                TrainOrder,
+                key=self.key,
+                fleet=self.job.fleet,
+                audience=self.job.device_id,
+                now_s=self.now_s(),
+            )
+            self._check_fits(order, parameters)
+            stored = self.updates.find(order.run, order.round)
+            if stored is None:
+                check_not_replayed(order, self.ledger.entries)
+                check_supported(order.privacy)
+                return self._train(order, parameters)
+        except ContractError as error:
+            self.report(TrainingEvent(event="order_refused", message=str(error)))
+            return None
+        except AgentError as error:
+            self.report(TrainingEvent(event="refused", message=str(error), round=order.round, epsilon=self._total()))
+            return None
+        message = f"round {order.round} of run {order.run!r} sent again"
+        self.report(TrainingEvent(event="resent", message=message, round=order.round, epsilon=self._total()))
+        return stored
+
+    def _train(self, order: TrainOrder, parameters: Vector) -> Vector:
+        """Return the update, charged and stored; raises AgentError."""
+        spend = Spend(
+            order_sequence=order.sequence,
+            model=order.model,
+            run=order.run,
+            round=order.round,
+            privacy=order.privacy,
+            steps=order.training.steps,
+        )
+        limits = Limits(
+            epsilon=self.job.epsilon_limit,
+            delta=self.job.delta,
+            noise_multiplier=self.job.noise_multiplier_limit,
+        )
+        self.ledger.spend(spend, limits, at=int(self.now_s()))
+        update = self.train(parameters, order.privacy, order.training)
+        self.updates.save(order.run, order.round, update)
+        message = f"round {order.round} of run {order.run!r} trained"
+        self.report(TrainingEvent(event="trained", message=message, round=order.round, epsilon=self._total()))
+        return update
+
+    def _check_fits(self, order: TrainOrder, parameters: Vector) -> None:
+        """Raise EnvelopeError unless `order` is for this run and graph, and for these parameters."""
+        for what, found, expected in (
+            ("model", order.model, self.job.model),
+            ("run", order.run, self.job.run),
+            ("train step graph", order.graph_digest, self.graph_digest),
+        ):
+            if found != expected:
+                raise EnvelopeError(f"the order is for {what} {found!r}, this is {expected!r}")
+        if parameters.dtype != np.float32 or parameters.shape != (self.size,):
+            raise EnvelopeError(
+                f"the parameters are {parameters.dtype} {parameters.shape}, expected float32 ({self.size},)"
+            )
+        if build_digest(parameters.astype("<f4").tobytes()) != order.parameters_digest:
+            raise EnvelopeError("the parameters are not those of the order")
+        if not np.isfinite(parameters).all():
+            raise EnvelopeError("the parameters are not finite")
+
+    def _total(self) -> str:
+        spent = [entry for entry in self.ledger.entries if entry.model == self.job.model]
+        return str(compute_total(spent, self.job.delta))
+
+
+def check_not_replayed(order: TrainOrder, entries: Sequence[Entry]) -> None:
+    """Raise EnvelopeError if a newer order than `order` was acted on, or this one for another round.
+
+    The same order may come again: its update may have been lost.
+    """
+    newest = max(entries, key=lambda entry: entry.order_sequence, default=None)
+    if newest is None or order.sequence > newest.order_sequence:
+        return
+    if (order.sequence, order.run, order.round) != (newest.order_sequence, newest.run, newest.round):
+        raise EnvelopeError(
+            f"order {order.sequence} is replayed: order {newest.order_sequence}, for round {newest.round} of run "
+            f"{newest.run!r}, was acted on"
+        )
