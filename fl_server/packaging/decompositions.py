@@ -9,7 +9,7 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
-def convolution_backward(  # noqa: PLR0913, PLR0917 - the signature is aten's
+def convolution_backward(
     gradient: Tensor,
     inputs: Tensor,
     weight: Tensor,
@@ -31,7 +31,7 @@ def convolution_backward(  # noqa: PLR0913, PLR0917 - the signature is aten's
     return aten.convolution(gradient, weight, None, stride, padding, dilation, True, extra, groups), None, None
 
 
-def max_pool2d_backward(  # noqa: PLR0913, PLR0917 - the signature is aten's
+def max_pool2d_backward(
     gradient: Tensor,
     inputs: Tensor,
     kernel: Sequence[int],
@@ -49,7 +49,7 @@ def max_pool2d_backward(  # noqa: PLR0913, PLR0917 - the signature is aten's
     return placed.reshape(inputs.shape)
 
 
-def avg_pool2d_backward(  # noqa: PLR0913, PLR0917 - the signature is aten's
+def avg_pool2d_backward(
     gradient: Tensor,
     inputs: Tensor,
     kernel: Sequence[int],
@@ -76,7 +76,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _output_padding_of(  # noqa: PLR0913, PLR0917 - private, positional like aten
+def _output_padding_of(
     inputs: Tensor,
     gradient: Tensor,
     kernel: Sequence[int],

@@ -27,8 +27,8 @@ from fl_server.packaging.architecture import (
     save_architecture_document,
 )
 from fl_server.packaging.decompositions import DECOMPOSITIONS
+from fl_server.packaging.graphs import build_with_parameters, compact_constants, load_graph, save_graph, strip_metadata
 from fl_server.packaging.losses import SampleLosses, build_sample_losses, build_target_spec
-from fl_server.packaging.quantize import build_with_parameters, load_graph, save_graph
 from fl_server.packaging.training_step import Step, build_evaluation, build_training_step, check_step, find_layers
 from models.contract.files import sync_directory
 from models.contract.manifest import EVALUATE_NAME, TRAIN_STEP_NAME, TrainingContract
@@ -184,7 +184,11 @@ def _export_traced(step: Step, feeds: dict[str, Tensor], output_names: list[str]
     except Exception as error:  # the exporter raises whatever its many parts raise
         raise DefinitionError(f"{path.name} cannot be exported: {_say(error)}") from error
     assert program is not None
-    save_graph(program.model_proto, path)
+    graph = program.model_proto
+    strip_metadata(graph)
+    compact_constants(graph)
+    del graph.graph.value_info[:]  # shapes that a runtime infers
+    save_graph(graph, path)
     _check_same(path, {name: value.numpy() for name, value in feeds.items()}, step(*values))
 
 
@@ -204,7 +208,9 @@ def _export_float(source: _Source, path: Path) -> None:
     except Exception as error:  # as above
         raise DefinitionError(f"{path.name} cannot be exported with any batch: {_say(error)}") from error
     assert program is not None
-    save_graph(program.model_proto, path)
+    graph = program.model_proto
+    strip_metadata(graph)
+    save_graph(graph, path)
     _check_parameters_are_replaceable(source, path)
 
 

@@ -36,7 +36,7 @@ def linear_gradient(layer: nn.Linear, inputs: Tensor, gradients: Tensor) -> Laye
     has_bias = layer.bias is not None
     if inputs.ndim == 2:
         ones = 1.0 if has_bias else 0.0
-        squared = ((inputs * inputs).sum(1) + ones) * (gradients * gradients).sum(1)
+        squared = (_squared_length(inputs) + ones) * _squared_length(gradients)
         return LayerGradient(squared, lambda factor: _linear_sums(inputs, gradients * factor[:, None], has_bias))
     inputs, gradients = inputs.flatten(1, -2), gradients.flatten(1, -2)
     length, width_in, width_out = inputs.shape[1], inputs.shape[2], gradients.shape[2]
@@ -48,7 +48,7 @@ def linear_gradient(layer: nn.Linear, inputs: Tensor, gradients: Tensor) -> Laye
             return _linear_sums(inputs.flatten(0, 1), scaled.flatten(0, 1), has_bias)
 
         if has_bias:
-            squared = squared + gradients.sum(1).square().sum(1)
+            squared = squared + _squared_length(gradients.sum(1))
         return LayerGradient(squared, sums)
     arrays = {"weight": gradients.transpose(1, 2) @ inputs}
     if has_bias:
@@ -82,7 +82,7 @@ def embedding_gradient(layer: nn.Embedding, inputs: Tensor, gradients: Tensor) -
     if layer.padding_idx is not None:
         rows = rows * (tokens != layer.padding_idx).to(rows.dtype)[:, :, None]
     same = (tokens[:, :, None] == tokens[:, None, :]).to(rows.dtype)
-    squared = ((same @ rows).square().sum(2) / same.sum(2)).sum(1)
+    squared = (_squared_length(same @ rows) / same.sum(2)).sum(1)
 
     def sums(factor: Tensor) -> dict[str, Tensor]:
         table = torch.zeros_like(layer.weight)
@@ -118,6 +118,10 @@ CHECKS: Mapping[type[nn.Module], Callable[[Any], str | None]] = {
 }
 
 
+def _squared_length(rows: Tensor) -> Tensor:
+    return (rows * rows).sum(-1)  # x.square() becomes a slow Pow in ONNX
+
+
 def _linear_sums(inputs: Tensor, scaled: Tensor, has_bias: bool) -> dict[str, Tensor]:  # noqa: FBT001 - private
     sums = {"weight": scaled.t() @ inputs}
     return {**sums, "bias": scaled.sum(0)} if has_bias else sums
@@ -125,13 +129,13 @@ def _linear_sums(inputs: Tensor, scaled: Tensor, has_bias: bool) -> dict[str, Te
 
 def _squared_norms_by_gram(inputs: Tensor, gradients: Tensor) -> Tensor:
     products = (inputs @ inputs.transpose(1, 2)) * (gradients @ gradients.transpose(1, 2))
-    bound = (inputs.square().sum(2) * gradients.square().sum(2)).sqrt().sum(1).square()
-    return products.sum((1, 2)).clamp(min=0) + _GRAM_MARGIN * bound
+    lengths = (_squared_length(inputs) * _squared_length(gradients)).sqrt().sum(1)
+    return products.sum((1, 2)).clamp(min=0) + _GRAM_MARGIN * lengths * lengths
 
 
 def _from_per_sample(arrays: dict[str, Tensor]) -> LayerGradient:
     flat = {name: array.flatten(1) for name, array in arrays.items()}
-    squared = torch.stack([array.square().sum(1) for array in flat.values()]).sum(0)
+    squared = torch.stack([_squared_length(array) for array in flat.values()]).sum(0)
 
     def sums(factor: Tensor) -> dict[str, Tensor]:
         return {name: (factor @ array).reshape(arrays[name].shape[1:]) for name, array in flat.items()}

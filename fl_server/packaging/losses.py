@@ -34,7 +34,8 @@ def build_sample_losses(definition: ModelDefinition) -> SampleLosses:
     def row_loss(output: Tensor, y: Tensor) -> Tensor:
         return loss(output[None], y[None]).reshape(())
 
-    return lambda output, y: torch.vmap(row_loss)(output, y)
+    by_row: SampleLosses = torch.vmap(row_loss)
+    return by_row
 
 
 def build_target_spec(definition: ModelDefinition) -> TensorSpec:

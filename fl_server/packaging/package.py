@@ -13,7 +13,8 @@ from safetensors.numpy import save
 
 from fl_server.errors import UsageError
 from fl_server.packaging.architecture import Architecture, check_parameters
-from fl_server.packaging.quantize import build_with_parameters, load_graph, quantize, save_graph
+from fl_server.packaging.graphs import build_with_parameters, load_graph, save_graph
+from fl_server.packaging.quantize import quantize
 from models.contract.encoding import build_digest
 from models.contract.files import sync_directory
 from models.contract.manifest import (

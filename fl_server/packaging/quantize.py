@@ -1,14 +1,11 @@
-"""New parameters into the float graph, and the float graph into int8; needs no torch."""
+"""The float inference graph in int8; needs no torch."""
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -17,41 +14,12 @@ from onnxruntime.quantization import (
     quantize_dynamic,
     quantize_static,
 )
+from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
-from fl_server.errors import DefinitionError
 from fl_server.packaging.architecture import Quantization
+from fl_server.packaging.graphs import load_graph, save_graph
 
 _CALIBRATION_ROWS = 64  # in one run: bounds the memory that calibration takes
-
-
-def load_graph(path: Path) -> onnx.ModelProto:
-    return onnx.load(path, load_external_data=False)
-
-
-def save_graph(graph: onnx.ModelProto, path: Path) -> None:
-    """Write `graph` to `path`, weights inside."""
-    path.write_bytes(graph.SerializeToString(deterministic=True))
-
-
-def build_with_parameters(graph: onnx.ModelProto, parameters: Mapping[str, npt.NDArray[np.float32]]) -> onnx.ModelProto:
-    """Return a copy of the float `graph` with `parameters` as its initializers.
-
-    Raises:
-        DefinitionError: A parameter has no initializer of its name and shape.
-    """
-    changed = onnx.ModelProto()
-    changed.CopyFrom(graph)
-    initializers = {initializer.name: initializer for initializer in changed.graph.initializer}
-    for name, array in parameters.items():
-        if name not in initializers:
-            raise DefinitionError(f"parameter {name!r} is not in the inference graph: the output does not depend on it")
-        initializer = initializers[name]
-        if tuple(initializer.dims) != array.shape:
-            raise DefinitionError(
-                f"parameter {name!r} has shape {array.shape}, the inference graph has {tuple(initializer.dims)}"
-            )
-        initializer.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array, np.float32), name))
-    return changed
 
 
 def quantize(graph: onnx.ModelProto, calibration: npt.NDArray[Any], quantization: Quantization, path: Path) -> None:
@@ -67,7 +35,10 @@ def quantize(graph: onnx.ModelProto, calibration: npt.NDArray[Any], quantization
         raise ValueError("calibration needs at least one input")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantize.") as scratch:
         float_path, int8_path = Path(scratch, "float.onnx"), Path(scratch, "int8.onnx")
-        save_graph(graph, float_path)
+        optimized = onnx.ModelProto()
+        optimized.CopyFrom(graph)
+        add_pre_process_metadata(optimized)  # the exporter did what onnxruntime would ask for on the root logger
+        save_graph(optimized, float_path)
         if quantization == "dynamic":
             quantize_dynamic(float_path, int8_path, per_channel=True, weight_type=QuantType.QInt8)
         else:
@@ -84,7 +55,7 @@ def quantize(graph: onnx.ModelProto, calibration: npt.NDArray[Any], quantization
         save_graph(load_graph(int8_path), path)
 
 
-class _Batches(CalibrationDataReader):  # type: ignore[misc] - onnxruntime ships no types
+class _Batches(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no types
     def __init__(self, name: str, inputs: npt.NDArray[Any]) -> None:
         starts = range(0, len(inputs), _CALIBRATION_ROWS)
         self._feeds = iter([{name: inputs[start : start + _CALIBRATION_ROWS]} for start in starts])
