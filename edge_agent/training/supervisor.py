@@ -1,0 +1,133 @@
+"""Starts and watches the training process: one at a time, expendable, never able to harm serving."""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from edge_agent.errors import StalledError
+
+LINE_MAX_BYTES = 64 * 1024  # an event has a few hundred bytes
+_END_TIMEOUT_S = 5.0  # between SIGTERM and SIGKILL
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)  # loaded here: nothing may be loaded between fork and exec
+
+
+class Supervisor:
+    """Runs `command` for one run at a time; belongs to one asyncio loop."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        on_line: Callable[[str, bytes], None],
+        on_exit: Callable[[str, str | None], None],
+    ) -> None:
+        """Prepare; nothing is started.
+
+        Args:
+            command: Program and arguments.
+            on_line: Called with the run and each line that the process prints.
+            on_exit: Called with the run when its process is gone, and what ended it unless it ended well.
+        """
+        self._command = tuple(command)
+        self._on_line = on_line
+        self._on_exit = on_exit
+        self._run: str | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def run(self) -> str | None:
+        """The run that has a process now."""
+        return self._run
+
+    async def start(self, run: str, job: bytes) -> None:
+        """Start a process for `run` with `job` on its stdin; nothing if the run has one, a process of another run ends."""
+        if self._run == run:
+            return
+        await self.stop()
+        self._run = run
+        self._task = asyncio.create_task(self._supervise(run, job))
+
+    async def stop(self) -> None:
+        """End the process, if there is one; return when it is gone."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            self._run = None  # a task that was cancelled before its first step could not do it
+
+    async def _supervise(self, run: str, job: bytes) -> None:
+        problem: str | None = "was ended by the agent"
+        try:
+            problem = await self._run_process(run, job)
+        except OSError as error:
+            problem = f"could not be started: {error.strerror or error}"
+        except StalledError as error:
+            problem = str(error)
+        finally:
+            self._run = None
+            self._on_exit(run, problem)
+
+    async def _run_process(self, run: str, job: bytes) -> str | None:
+        process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=PIPE,
+            stdout=PIPE,
+            limit=LINE_MAX_BYTES,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            preexec_fn=_become_expendable,
+        )
+        try:
+            await _feed(process, job)
+            while line := await _read_line(process):
+                self._on_line(run, line)
+            return _describe(await process.wait())
+        finally:
+            await _end(process)
+
+
+async def _feed(process: Process, job: bytes) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(ConnectionError):  # a process that died at once has its exit code to say so
+        process.stdin.write(job)
+        await process.stdin.drain()
+    process.stdin.close()
+
+
+async def _read_line(process: Process) -> bytes:
+    assert process.stdout is not None
+    try:
+        return await process.stdout.readline()
+    except ValueError as error:  # asyncio's word for a line beyond the limit
+        raise StalledError(f"printed a line of more than {LINE_MAX_BYTES} bytes") from error
+
+
+async def _end(process: Process) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            async with asyncio.timeout(_END_TIMEOUT_S):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+def _describe(code: int) -> str | None:
+    if code == 0:
+        return None
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _become_expendable() -> None:
+    """In the child: die with the agent, leave it the processor, and be the first to go when memory runs out."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.nice(10)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
