@@ -1,0 +1,109 @@
+"""What an offer says, once python-tuf has verified it; imported with the first offer, for tuf takes memory.
+
+ngclient works on a folder that is thrown away. What it came to trust is kept as one file, replaced
+atomically once everything in an offer has verified, so that a refused offer changes nothing.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from urllib.parse import unquote
+
+from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
+from tuf.ngclient import FetcherInterface, Updater
+
+from edge_agent.errors import StalledError
+from models.contract.encoding import build_json, parse_json
+from models.contract.errors import ContractError
+from models.contract.files import save_atomically
+from models.contract.manifest import FileEntry
+from models.contract.offer import COORDINATOR_KEY_TARGET, OFFER_MAX_BYTES, build_graph_target, parse_offer
+
+logger = logging.getLogger(__name__)
+
+_URL = "offer:/"
+_TRUSTED_NAME = "trusted.json"
+_TRUSTED_MAX_BYTES = 4 * OFFER_MAX_BYTES  # it was verified before it was written; JSON escapes may lengthen it
+_NO_GRAPH = build_graph_target("0" * 64, "none")
+
+
+class OfferFetcher(FetcherInterface):
+    """Serves ngclient from a parsed offer; a true 404 for what the offer does not hold."""
+
+    def __init__(self, metadata: Mapping[str, bytes]) -> None:
+        self._metadata = metadata
+
+    def _fetch(self, url: str) -> Iterator[bytes]:
+        data = self._metadata.get(unquote(url.removeprefix(_URL)))
+        if data is None:
+            raise DownloadHTTPError(f"the offer does not hold {url.removeprefix(_URL)}", 404)
+        return iter((data,))
+
+
+class Release:
+    """The targets of one verified offer."""
+
+    def __init__(self, updater: Updater) -> None:
+        self._updater = updater
+
+    def find_target(self, path: str) -> FileEntry | None:
+        """Return digest and size that are signed for the target `path`; None if there is no such target."""
+        target = self._updater.get_targetinfo(path)
+        if target is None:
+            return None
+        try:
+            return FileEntry(digest=target.hashes["sha256"], size_bytes=target.length)
+        except (KeyError, ValueError) as error:
+            raise StalledError(f"target {path} is signed without a usable digest and size: {error}") from error
+
+
+def open_offer(payload: bytes, *, root: bytes, trust_dir: Path) -> Release:
+    """Return what `payload` offers, and trust it from now on.
+
+    Args:
+        payload: The retained offer.
+        root: The root of trust from enrolment.
+        trust_dir: Where what is trusted is kept; only newer offers are accepted after this one.
+
+    Raises:
+        StalledError: Not a whole, genuine, fresh offer of this fleet; trust is unchanged.
+    """
+    try:
+        metadata = parse_offer(payload)
+    except ContractError as error:
+        raise StalledError(f"offer refused: {error}") from error
+    scratch_dir = trust_dir / "scratch"
+    shutil.rmtree(scratch_dir, ignore_errors=True)  # left by a kill
+    _load_trusted(trust_dir, scratch_dir)
+    try:
+        updater = Updater(str(scratch_dir), _URL, fetcher=OfferFetcher(metadata), bootstrap=root)
+        updater.refresh()
+        release = Release(updater)
+        for path in (COORDINATOR_KEY_TARGET, _NO_GRAPH):  # loads both delegated roles, while the folder is there
+            release.find_target(path)
+    except (RepositoryError, DownloadError) as error:
+        raise StalledError(f"offer refused: {error}") from error
+    _save_trusted(trust_dir, scratch_dir)
+    shutil.rmtree(scratch_dir, ignore_errors=True)
+    return release
+
+
+def _load_trusted(trust_dir: Path, scratch_dir: Path) -> None:
+    (scratch_dir / "root_history").mkdir(parents=True)
+    try:
+        data = (trust_dir / _TRUSTED_NAME).read_bytes()
+        trusted = parse_json(data, dict[str, str], max_bytes=_TRUSTED_MAX_BYTES)
+    except FileNotFoundError:
+        return
+    except ContractError as error:  # a flipped bit: the root from enrolment still holds
+        logger.warning("%s is unreadable and starts anew: %s", trust_dir / _TRUSTED_NAME, error)
+        return
+    for name, text in trusted.items():
+        (scratch_dir / name).write_text(text, encoding="utf-8")
+
+
+def _save_trusted(trust_dir: Path, scratch_dir: Path) -> None:
+    paths = [path for path in scratch_dir.rglob("*.json") if not path.is_symlink()]
+    trusted = {path.relative_to(scratch_dir).as_posix(): path.read_text(encoding="utf-8") for path in sorted(paths)}
+    save_atomically(trust_dir / _TRUSTED_NAME, build_json(trusted))

@@ -1,0 +1,320 @@
+"""From an offer to the active slot: verify, fetch, stage, try, keep or roll back.
+
+Whatever goes wrong, the version in the active slot keeps serving and one event says why. What may
+go better next time is tried again, after a delay that doubles; what failed its trial never is.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from edge_agent.errors import AgentError, StalledError, TransientError
+from edge_agent.updates.blobs import BlobStore, RetainedReader
+from edge_agent.updates.download import Downloader, OnEvent, list_needed
+from edge_agent.updates.machine import (
+    Action,
+    Activated,
+    Event,
+    Failed,
+    Fetched,
+    Healthy,
+    Offered,
+    Phase,
+    UpdateState,
+    advance,
+)
+from edge_agent.updates.probation import Probation, TryVersion
+from edge_agent.updates.slots import TRIES, Slots, Version
+from models.contract.encoding import build_digest
+from models.contract.errors import ContractError
+from models.contract.files import save_atomically
+from models.contract.manifest import FileEntry, parse_manifest
+from models.contract.messages import EventKind
+from models.contract.offer import COORDINATOR_KEY_TARGET, build_release_target
+
+if TYPE_CHECKING:
+    from edge_agent.updates.fetcher import Release
+
+logger = logging.getLogger(__name__)
+
+RETRY_MAX_S = 600.0
+
+_Job: TypeAlias = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdaterSettings:
+    """What an updater is told.
+
+    Attributes:
+        root: The root of trust from enrolment.
+        trains: Whether this device needs the graphs it trains with.
+        deadline_s: For the fetch of one release, all of its files together.
+        window: Chunks asked for at once.
+        trial_timeout_s: A version that is not healthy by then hangs.
+        retry_delay_s: Before the first retry.
+    """
+
+    fleet: str
+    model: str
+    state_dir: Path
+    root: bytes
+    trains: bool
+    deadline_s: float = 120.0
+    window: int = 4
+    trial_timeout_s: float = 60.0
+    retry_delay_s: float = 5.0
+
+
+class Updater:
+    """Keeps a device on its fleet's champion; used on one event loop."""
+
+    def __init__(
+        self, settings: UpdaterSettings, *, reader: RetainedReader, try_version: TryVersion, on_event: OnEvent
+    ) -> None:
+        """Verify what the disk holds.
+
+        Args:
+            settings: What this updater is told.
+            reader: Reads retained messages.
+            try_version: Loads the version in a directory, warms it up and answers with it from then on; raises if
+                it is not healthy, and then nothing has changed. Called on a worker thread, also to change back.
+            on_event: Called on the loop with what happened, one line for a person, and the version it is about.
+        """
+        self._settings, self._on_event = settings, on_event
+        downloads_dir = settings.state_dir / "downloads"
+        self._blobs, self._keys = (
+            BlobStore(downloads_dir / name, reader=reader, fleet=settings.fleet, window=settings.window)
+            for name in ("versions", "keys")
+        )
+        self._trust_dir = settings.state_dir / "tuf"
+        self._trust_dir.mkdir(parents=True, exist_ok=True)
+        self._slots = Slots(settings.state_dir / "slots")
+        self._probation = Probation(
+            try_version=try_version, get_active=self.current, timeout_s=settings.trial_timeout_s
+        )
+        self._downloader = Downloader(
+            model=settings.model, trains=settings.trains, blobs=self._blobs, slots=self._slots, on_event=self._report
+        )
+        self._state = self._load_state()
+        self._considering = asyncio.Lock()
+        self._payload = b""  # the newest offer that was genuine: what a retry starts from
+        self._deferred: tuple[str, _Job] | None = None  # digest, and what waits for the trial under way
+        self._task: asyncio.Task[None] | None = None
+        self._retry: asyncio.Task[None] | None = None
+        self._retry_delay_s = settings.retry_delay_s
+
+    def current(self) -> Version | None:
+        """Return the version to serve, None before the first update."""
+        return self._slots.active
+
+    @property
+    def phase(self) -> Phase:
+        return self._state.phase
+
+    @property
+    def coordinator_key_path(self) -> Path:
+        """The verified key that signs orders to devices, once an offer brought it."""
+        return self._settings.state_dir / "coordinator.pem"
+
+    async def start(self) -> None:
+        """Report damage and end a trial that a crash left; call it once, when `current()` is served."""
+        active = self._slots.active
+        serving = "nothing is served" if active is None else f"version {active.manifest.version} serves"
+        for damage in self._slots.damage:
+            self._report(EventKind.FAILED, f"{damage}; {serving}")
+        if self._slots.trial is not None:
+            await self._end_trial()
+
+    async def handle_offer(self, payload: bytes) -> None:
+        """Bring the device to what `payload` offers; returns when that has ended, well or not.
+
+        May be called while an earlier call is under way: a newer offer takes over a fetch, and waits for a trial.
+        """
+        self._cancel_retry()
+        async with self._considering:
+            job = await self._consider(payload)
+            if job is not None:
+                self._task = asyncio.create_task(self._drain(job))
+        if self._task is not None:
+            await asyncio.wait({self._task})
+
+    async def close(self) -> None:
+        """End what is under way; the next start goes on from what is on disk."""
+        self._cancel_retry()
+        await self._cancel_task()
+
+    async def _consider(self, payload: bytes) -> _Job | None:
+        """Return what the offer gives to do now."""
+        try:
+            release = await asyncio.to_thread(self._open_offer, payload)
+            champion = release.find_target(build_release_target(self._settings.model, "champion"))
+        except (AgentError, OSError) as error:
+            self._report(EventKind.FAILED, str(error))
+            return None
+        self._payload = payload
+        await self._update_key(release)
+        self._deferred = None
+        if champion is None:
+            logger.info("the offer has no champion of %s", self._settings.model)
+            return None
+        job = partial(self._install, release, champion)
+        action = self._advance(Offered(champion.digest))
+        if action in (Action.FETCH, Action.ABANDON):
+            await self._cancel_task()
+        if action is Action.DEFER:
+            self._deferred = (champion.digest, job)
+        if self._slots.trial is not None and (self._task is None or self._task.done()):
+            return self._conclude  # its verdict could not be written the last time
+        return job if action is Action.FETCH else None
+
+    def _open_offer(self, payload: bytes) -> "Release":
+        from edge_agent.updates.fetcher import open_offer  # tuf takes 8 MB; many agents idle
+
+        return open_offer(payload, root=self._settings.root, trust_dir=self._trust_dir)
+
+    async def _update_key(self, release: "Release") -> None:
+        entry = release.find_target(COORDINATOR_KEY_TARGET)
+        path = self.coordinator_key_path
+        try:
+            if entry is None or (path.exists() and build_digest(path.read_bytes()) == entry.digest):
+                return
+            async with asyncio.timeout(self._settings.deadline_s):
+                await self._keys.fetch(entry)
+            save_atomically(path, b"".join(self._keys.read(entry)))
+            self._keys.keep_only(())
+        except (AgentError, OSError) as error:
+            self._report(EventKind.FAILED, f"coordinator key: {error or 'it did not come in time'}")
+            self._retry_later()
+
+    async def _end_trial(self) -> None:
+        self._task = asyncio.create_task(self._drain(self._conclude))
+        await asyncio.wait({self._task})
+
+    async def _drain(self, job: _Job) -> None:
+        """Do `job`, then what was deferred meanwhile."""
+        await self._attempt(job)
+        while self._deferred is not None and self._slots.trial is None:
+            digest, job = self._deferred
+            self._deferred = None
+            if self._advance(Offered(digest)) is Action.FETCH:
+                await self._attempt(job)
+
+    async def _attempt(self, job: _Job) -> None:
+        try:
+            await job()
+        except TimeoutError:
+            self._give_up(f"the fetch was not complete within {self._settings.deadline_s:.0f} s", retry=True)
+        except (TransientError, OSError) as error:
+            self._give_up(str(error), retry=True)
+        except (AgentError, ContractError) as error:
+            self._give_up(str(error), retry=False)
+
+    def _give_up(self, reason: str, *, retry: bool) -> None:
+        self._report(EventKind.FAILED, reason)
+        if self._slots.trial is not None:  # its verdict could not be written: the disk says where we are
+            self._state = self._load_state()
+        elif self._state.target is not None:
+            self._advance(Failed(self._state.target))
+        if retry:
+            self._retry_later()
+
+    async def _install(self, release: "Release", champion: FileEntry) -> None:
+        if self._probation.is_hanging:
+            raise TransientError("a version that hangs still holds the runtime")
+        async with asyncio.timeout(self._settings.deadline_s):
+            data = await self._downloader.fetch(champion, release.find_target)
+        self._advance(Fetched(champion.digest))
+        manifest = parse_manifest(data)
+        self._report(EventKind.UPDATING, "staging and trying", manifest.version)
+        needed = list_needed(manifest, trains=self._settings.trains)
+        await asyncio.to_thread(self._slots.stage, data, needed, self._blobs.read)
+        await self._conclude()
+
+    async def _conclude(self) -> None:
+        """Lead the staged version to its verdict."""
+        digest = self._slots.get_trial().digest
+        if self._slots.get_trial().tries_left < 1:
+            self._advance(Activated(digest))
+            await self._roll_back(digest, f"it ended the agent {TRIES} times", None)
+            return
+        try:
+            version = await asyncio.to_thread(self._slots.begin_try)
+        except StalledError as error:
+            await asyncio.to_thread(self._slots.drop_trial)
+            raise TransientError(str(error)) from error
+        self._advance(Activated(digest))
+        number = version.manifest.version
+        try:
+            await self._probation.prove(version)
+        except Exception as error:  # noqa: BLE001 - whatever an unhealthy version raises
+            await self._roll_back(digest, str(error) or type(error).__name__, number)
+            return
+        try:
+            await asyncio.to_thread(self._slots.commit)
+        except (AgentError, OSError):
+            await self._probation.change_back()
+            raise
+        self._advance(Healthy(digest))
+        self._settle()
+        self._report(EventKind.UPDATED, f"version {number} serves from slot {version.slot}", number)
+
+    async def _roll_back(self, digest: str, reason: str, number: int | None) -> None:
+        await asyncio.to_thread(self._slots.roll_back)
+        self._advance(Failed(digest))
+        self._settle()
+        active = self._slots.active
+        serving = "nothing is served" if active is None else f"version {active.manifest.version} serves on"
+        self._report(EventKind.FAILED, f"rolled back and never tried again: {reason}; {serving}", number)
+
+    def _settle(self) -> None:
+        self._retry_delay_s = self._settings.retry_delay_s
+        self._blobs.keep_only(())
+
+    def _retry_later(self) -> None:
+        self._cancel_retry()
+        self._retry = asyncio.create_task(self._try_again(self._retry_delay_s))
+        self._retry_delay_s = min(2 * self._retry_delay_s, RETRY_MAX_S)
+
+    async def _try_again(self, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        self._retry = None
+        if self._payload:
+            await self.handle_offer(self._payload)
+        elif self._slots.trial is not None:
+            await self._end_trial()
+
+    def _cancel_retry(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+
+    async def _cancel_task(self) -> None:
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    def _load_state(self) -> UpdateState:
+        """Return where the disk says that we are; a version that lacks files this device needs is not yet there."""
+        active, trial = self._slots.active, self._slots.trial
+        is_whole = active is not None and all(
+            (active.directory / name).exists() for name in list_needed(active.manifest, trains=self._settings.trains)
+        )
+        return UpdateState(
+            phase=Phase.IDLE if trial is None else Phase.STAGED,
+            active=active.digest if active is not None and is_whole else None,
+            target=None if trial is None else trial.digest,
+            rejected=self._slots.rejected,
+        )
+
+    def _advance(self, event: Event) -> Action:
+        self._state, action = advance(self._state, event)
+        return action
+
+    def _report(self, kind: EventKind, message: str, version: int | None = None) -> None:
+        logger.info("%s: %s", kind, message)
+        self._on_event(kind, message, version)
