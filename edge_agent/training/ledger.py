@@ -15,9 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+import msgspec
+
 from edge_agent.errors import StalledError, TransientError
 from edge_agent.training.accountant import Phase, compute_epsilon
-from models.contract.encoding import build_canonical, build_digest, parse_json
+from models.contract.encoding import build_canonical, build_digest, build_json, parse_json
 from models.contract.errors import MalformedError
 from models.contract.files import sync_directory
 from models.contract.privacy import PrivacyPlan
@@ -76,7 +78,7 @@ class Entry:
         at: Unix time, s.
         order_sequence: Of the order that was acted on.
         delta: The owner's, at which both epsilons are stated, of all entries of the model up to here.
-        previous: Digest of the line before.
+        previous: Digest of the entry before.
     """
 
     schema_version: Literal[1] = 1
@@ -98,6 +100,14 @@ class Entry:
     def phase(self) -> Phase:
         """What the accountant needs of it."""
         return Phase(float(self.sampling_rate), float(self.noise_multiplier), self.steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Line:
+    """An entry as it was written, and its digest: without it nothing would vouch for the last line."""
+
+    digest: str
+    entry: msgspec.Raw
 
 
 class Ledger:
@@ -144,9 +154,10 @@ class Ledger:
             epsilon_after=after,
             previous=self._previous,
         )
-        line = build_canonical(entry)
-        self._append(line + b"\n")
-        self._previous = build_digest(line)
+        raw = build_canonical(entry)
+        digest = build_digest(raw)
+        self._append(build_json(_Line(digest=digest, entry=msgspec.Raw(raw))) + b"\n")
+        self._previous = digest
         self._entries.append(entry)
         return entry
 
@@ -182,12 +193,12 @@ def open_ledger(path: Path) -> Ledger:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         data = path.read_bytes()
         promised = data[: data.rfind(b"\n") + 1]
-        entries = parse_ledger(promised)
+        entries, previous = parse_ledger(promised)
         if len(promised) < len(data):
             os.ftruncate(descriptor, len(promised))
         os.fsync(descriptor)  # the last writer may have died before its own
         sync_directory(path.parent)
-        return Ledger(descriptor, entries, _last_digest(promised))
+        return Ledger(descriptor, entries, previous)
     except BlockingIOError as error:
         os.close(descriptor)
         raise TransientError(f"{path} is in use by another training process") from error
@@ -199,29 +210,27 @@ def open_ledger(path: Path) -> Ledger:
         raise StalledError(f"{path}: {error}") from error
 
 
-def parse_ledger(data: bytes) -> tuple[Entry, ...]:
-    """Return the entries in `data`, whole lines.
+def parse_ledger(data: bytes) -> tuple[tuple[Entry, ...], str]:
+    """Return the entries in `data`, whole lines, and the digest of the last.
 
     Raises:
         StalledError: A line is not what was written there.
     """
     entries: list[Entry] = []
     previous = _FIRST_PREVIOUS
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+    for number, text in enumerate(data.split(b"\n")[:-1], start=1):
         try:
-            entry = parse_json(line, Entry)
+            line = parse_json(text, _Line)
+            entry = parse_json(bytes(line.entry), Entry)
         except MalformedError as error:
             raise StalledError(f"line {number} of the privacy ledger is damaged: {error}") from error
+        if build_digest(bytes(line.entry)) != line.digest:
+            raise StalledError(f"line {number} of the privacy ledger was altered")
         if entry.sequence != number or entry.previous != previous:
             raise StalledError(f"line {number} of the privacy ledger does not follow the one before it")
         entries.append(entry)
-        previous = build_digest(line)
-    return tuple(entries)
-
-
-def _last_digest(data: bytes) -> str:
-    lines = data.split(b"\n")[:-1]
-    return build_digest(lines[-1]) if lines else _FIRST_PREVIOUS
+        previous = line.digest
+    return tuple(entries), previous
 
 
 def compute_total(spends: Iterable[Entry | Spend], delta: Decimal) -> Decimal:

@@ -1,0 +1,236 @@
+from decimal import Decimal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from edge_agent.errors import StalledError
+from edge_agent.training.dp_sgd import StepGraph, local_training, open_step_graph
+from edge_agent.training.noise import draw_gaussian, draw_poisson
+from models.contract.manifest import TRAIN_STEP_NAME
+from models.contract.privacy import Unit
+from tests.simulators.step_graph import (
+    FAULTS,
+    build_privacy,
+    build_step_graph,
+    build_step_manifest,
+    build_training,
+    clipped_sum_in_numpy,
+    save_step_version,
+)
+
+EVERYONE_WITHOUT_NOISE = build_privacy(noise_multiplier="0", sampling_rate="1")
+ONE_STEP = build_training(steps=1)
+PARAMETERS = np.array([0.5, -1.0, 2.0, 0.1], np.float32)
+
+
+def open_graph(**options):
+    graph = build_step_graph(**options)
+    options.pop("factor", None)
+    return StepGraph(graph, build_step_manifest(graph, **options))
+
+
+STEP = open_graph()
+
+
+def draw_samples(count, seed=0):
+    generator = np.random.default_rng(seed)
+    return (
+        generator.normal(0, 2, (count, 3)).astype(np.float32),
+        generator.normal(0, 2, count).astype(np.float32),
+    )
+
+
+def train(x, y, privacy, training, *, step=STEP, parameters=PARAMETERS, noise=draw_gaussian, sampler=draw_poisson):
+    return local_training(step, x, y, parameters, privacy, training, noise, sampler)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 37])
+def test_sums_of_any_number_of_rows_equal_clipping_in_numpy(count):
+    x, y = draw_samples(count)
+    expected = clipped_sum_in_numpy(x, y, 1.5, PARAMETERS)
+    np.testing.assert_allclose(STEP.clipped_sum(x, y, 1.5, PARAMETERS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", ["0", "0.9"])
+def test_without_noise_and_sampling_it_is_clipped_gradient_descent(momentum):
+    x, y = draw_samples(37)  # more than four batches: none is cut short
+    training = build_training(steps=5, expected_batch="20", momentum=momentum)
+    current, velocity = PARAMETERS.astype(np.float64), np.zeros(4)
+    for _ in range(5):
+        velocity = float(momentum) * velocity + clipped_sum_in_numpy(x, y, 1, current) / 20
+        current = current - 0.1 * velocity
+    update = train(x, y, EVERYONE_WITHOUT_NOISE, training)
+    assert update.dtype == np.float32
+    np.testing.assert_allclose(update, current - PARAMETERS, atol=1e-6)
+    np.testing.assert_array_equal(update, train(x, y, EVERYONE_WITHOUT_NOISE, training))  # momentum begins anew
+
+
+def test_parameters_are_not_modified():
+    x, y = draw_samples(5)
+    parameters = PARAMETERS.copy()
+    train(x, y, build_privacy(), build_training(), parameters=parameters)
+    np.testing.assert_array_equal(parameters, PARAMETERS)
+
+
+def test_denominator_is_the_expected_batch_and_never_the_number_of_samples():
+    x, y = draw_samples(6)
+    once = train(x, y, EVERYONE_WITHOUT_NOISE, ONE_STEP)
+    twice = train(np.tile(x, (2, 1)), np.tile(y, 2), EVERYONE_WITHOUT_NOISE, ONE_STEP)
+    np.testing.assert_allclose(twice, 2 * once, atol=1e-6)
+    doubled = train(x, y, EVERYONE_WITHOUT_NOISE, build_training(steps=1, expected_batch="20"))
+    np.testing.assert_allclose(doubled, once / 2, atol=1e-6)
+
+
+def test_each_step_uses_exactly_the_samples_drawn_for_it():
+    x, y = draw_samples(20)
+    draws = iter([np.arange(20) < 3, np.arange(20) >= 15])
+    update = train(
+        x, y, build_privacy(noise_multiplier="0"), build_training(steps=2), sampler=lambda _count, _rate: next(draws)
+    )
+    first = -0.01 * clipped_sum_in_numpy(x[:3], y[:3], 1, PARAMETERS)
+    second = -0.01 * clipped_sum_in_numpy(x[15:], y[15:], 1, PARAMETERS + first)
+    np.testing.assert_allclose(update, first + second, atol=1e-6)
+
+
+NOISY = open_graph(features=9999, batch=1)
+
+
+def noise_of_a_round(*, sampler=draw_poisson, noise=draw_gaussian, samples=0):
+    """Return (sum + noise) of one step at clipping norm 2 and noise multiplier 3, in clipping norms."""
+    update = train(
+        np.zeros((samples, 9999), np.float32),
+        np.zeros(samples, np.float32),
+        build_privacy(clipping_norm="2", noise_multiplier="3", sampling_rate="0.5"),
+        build_training(steps=1, expected_batch="1", learning_rate="1"),
+        step=NOISY,
+        parameters=np.zeros(10_000, np.float32),
+        sampler=sampler,
+        noise=noise,
+    )
+    return update / 2
+
+
+def has_variance_of_nine(values):
+    """Six standard deviations of the sample variance of 10 000 normals: wrong once in 5e8 runs."""
+    return abs(values.var() / 9 - 1) < 6 * np.sqrt(2 / 10_000)
+
+
+def test_noise_on_the_sum_is_noise_multiplier_times_clipping_norm():
+    assert has_variance_of_nine(noise_of_a_round())
+
+
+def test_empty_draw_is_noised_like_any_other():
+    assert has_variance_of_nine(noise_of_a_round(samples=4, sampler=lambda count, _rate: np.zeros(count, bool)))
+
+
+def test_a_quarter_of_the_noise_would_be_noticed():
+    assert not has_variance_of_nine(noise_of_a_round(noise=lambda count, std: draw_gaussian(count, std / 4)))
+
+
+def test_no_two_rounds_share_their_noise():
+    assert not np.array_equal(noise_of_a_round(), noise_of_a_round())
+    seeded = [
+        noise_of_a_round(noise=lambda count, std: draw_gaussian(count, std, np.random.default_rng(1).bytes))
+        for _ in range(2)
+    ]
+    np.testing.assert_array_equal(*seeded)  # so the comparison above can tell
+
+
+numbers = st.floats(width=32, allow_nan=True, allow_infinity=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    x=arrays(np.float32, (3,), elements=numbers),
+    y=numbers,
+    others_x=arrays(np.float32, (3,), elements=numbers),
+    others_y=numbers,
+)
+def test_one_sample_moves_a_step_by_no_more_than_its_share(x, y, others_x, others_y):
+    kept_x, kept_y = draw_samples(10)
+    updates = []
+    for extra_x, extra_y in (([], []), ([x], [y]), ([others_x], [others_y])):
+        rows = np.concatenate([kept_x, np.array(extra_x, np.float32).reshape(-1, 3)])
+        targets = np.concatenate([kept_y, np.array(extra_y, np.float32)])
+        updates.append(train(rows, targets, EVERYONE_WITHOUT_NOISE, ONE_STEP).astype(np.float64))
+    without, with_it, replaced = updates
+    share = 0.1 * 1 / 10  # learning rate, clipping norm, expected batch
+    assert np.linalg.norm(with_it - without) <= share * (1 + 1e-4)
+    assert np.linalg.norm(replaced - with_it) <= 2 * share * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
+def test_sample_without_finite_gradient_adds_nothing(bad):
+    x, y = draw_samples(20)
+    expected = clipped_sum_in_numpy(np.delete(x, 5, 0), np.delete(y, 5), 1, PARAMETERS)
+    x[5] = bad
+    np.testing.assert_allclose(STEP.clipped_sum(x, y, 1, PARAMETERS), expected, atol=1e-5)
+
+
+def test_label_out_of_range_adds_nothing_and_is_not_quoted(capfd):
+    step = open_graph(labels=True)
+    x, _ = draw_samples(20)
+    y = np.arange(20) % 2
+    expected = step.clipped_sum(np.delete(x, 5, 0), np.delete(y, 5), 1, PARAMETERS)
+    y[5] = 424242
+    np.testing.assert_allclose(step.clipped_sum(x, y, 1, PARAMETERS), expected, atol=1e-5)
+    assert "424242" not in "".join(capfd.readouterr())
+
+
+def test_parameters_that_diverged_leave_only_noise():
+    x, y = draw_samples(20)
+    np.testing.assert_array_equal(STEP.clipped_sum(x, y, 1, np.full(4, np.inf, np.float32)), np.zeros(4))
+
+
+def test_device_unit_is_refused():
+    x, y = draw_samples(3)
+    with pytest.raises(StalledError, match="'device' is not supported"):
+        train(x, y, build_privacy(unit=Unit.DEVICE), ONE_STEP)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_graph_that_does_not_bound_a_sample_is_refused(fault):
+    for _ in range(20):  # whatever the random data
+        with pytest.raises(StalledError, match="does not clip"):
+            open_graph(factor=FAULTS[fault])
+
+
+def test_honest_graph_always_opens():
+    for _ in range(20):
+        open_graph()
+        open_graph(labels=True)
+        open_graph(batch=1)
+
+
+def test_step_graph_on_disk_must_be_the_manifests(tmp_path):
+    manifest = save_step_version(tmp_path, build_step_graph())
+    assert open_step_graph(tmp_path, manifest).size == 4
+    (tmp_path / TRAIN_STEP_NAME).write_bytes(build_step_graph(factor=FAULTS["ignores the clip"]))
+    with pytest.raises(StalledError, match="digest"):
+        open_step_graph(tmp_path, manifest)
+    (tmp_path / TRAIN_STEP_NAME).unlink()
+    with pytest.raises(StalledError, match="No such file"):
+        open_step_graph(tmp_path, manifest)
+
+
+def test_what_is_no_graph_or_has_other_inputs_is_refused():
+    with pytest.raises(StalledError, match="does not open"):
+        StepGraph(b"not a graph", build_step_manifest(b"not a graph"))
+    renamed = build_step_graph().replace(b"clipping_norm", b"clipping_nrom")
+    with pytest.raises(StalledError, match="has inputs"):
+        StepGraph(renamed, build_step_manifest(renamed))
+
+
+def test_sampling_rate_reaches_the_sampler_exactly():
+    x, y = draw_samples(3)
+    asked = []
+
+    def sampler(count, rate):
+        asked.append((count, rate))
+        return np.zeros(count, bool)
+
+    train(x, y, build_privacy(sampling_rate="0.064"), build_training(steps=2), sampler=sampler)
+    assert asked == [(3, Decimal("0.064"))] * 2
