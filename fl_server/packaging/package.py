@@ -38,7 +38,7 @@ def package_version(
     parameters: Mapping[str, npt.NDArray[np.float32]],
     version: int,
     calibration: npt.NDArray[Any],
-    measure: Callable[[Path, Path], Quality],
+    measure: Callable[[Path, Path], Quality | None],
     lineage: Lineage,
     privacy: PrivacyStatement | None,
     out_dir: Path,
@@ -50,7 +50,7 @@ def package_version(
         parameters: Finite float32 arrays by the names of the architecture's layout.
         version: Counts up from 1 within the model.
         calibration: Inputs, shape (n, ...), n >= 1; none of a device's own data.
-        measure: Given the quantized and the float inference graph, says what the version is worth.
+        measure: Given the quantized and the float inference graph, says what the version is worth, if that is known.
         lineage: Where the parameters come from.
         privacy: What may be claimed of them; None says nothing.
         out_dir: Must not exist; its parent must.

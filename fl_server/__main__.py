@@ -1,0 +1,160 @@
+"""The command line of the coordinator."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Protocol
+
+from fl_server import commands
+from fl_server.config import CONFIG_NAME
+from fl_server.errors import ServerError, UsageError
+from models.contract.errors import ContractError
+from models.contract.settings import SettingsError
+
+
+class _Subparsers(Protocol):
+    def add_parser(self, name: str, *, help: str, description: str) -> argparse.ArgumentParser: ...  # noqa: A002
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; `execute` of the parsed arguments is the function that does it."""
+    parser = argparse.ArgumentParser(prog="fl-server", description="The coordinator of a federation of devices.")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_init(subparsers)
+    _add_run(subparsers)
+    _add_enroll(subparsers)
+    _add_revoke(subparsers)
+    _add_devices(subparsers)
+    _add_package(subparsers)
+    _add_release(subparsers)
+    _add_train(subparsers)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 it failed, 2 bad usage or configuration."""
+    parsed = build_parser().parse_args(arguments)
+    try:
+        parsed.execute(parsed)
+    except (UsageError, SettingsError) as error:
+        return _fail(str(error), 2)
+    except (ServerError, ContractError) as error:
+        return _fail(str(error), 1)
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"fl-server: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _add(subparsers: _Subparsers, name: str, summary: str) -> argparse.ArgumentParser:
+    return subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+
+
+def _add_with_config(subparsers: _Subparsers, name: str, summary: str) -> argparse.ArgumentParser:
+    parser = _add(subparsers, name, summary)
+    parser.add_argument(
+        "--config", type=Path, default=Path(CONFIG_NAME), metavar="FILE", help=f"default: ./{CONFIG_NAME}"
+    )
+    return parser
+
+
+def _add_init(subparsers: _Subparsers) -> None:
+    parser = _add(subparsers, "init", "create a federation: configuration, certificates, signing keys, databases")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="new or empty")
+    parser.add_argument("--fleet", default="fleet", metavar="NAME", help="its name in every topic (default: fleet)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="where devices reach this machine (default: 127.0.0.1); is in the certificate",
+    )
+    parser.set_defaults(execute=commands.run_init)
+
+
+def _add_run(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "run", "the coordinator service, until it is told to end")
+    parser.set_defaults(execute=commands.run_coordinator)
+
+
+def _add_enroll(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "enroll", "write the files that make a machine a device of this fleet")
+    parser.add_argument("device_id", metavar="DEVICE_ID")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty; holds a private key then")
+    parser.add_argument("--model", metavar="NAME", help="what it serves (default: the only model configured)")
+    parser.set_defaults(execute=commands.run_enroll)
+
+
+def _add_revoke(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "revoke", "exclude a device from now on")
+    parser.add_argument("device_id", metavar="DEVICE_ID")
+    parser.set_defaults(execute=commands.run_revoke)
+
+
+def _add_devices(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "devices", "list the devices and what they last said")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(execute=commands.run_devices)
+
+
+def _add_package(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "package", "make a model version from a definition")
+    parser.add_argument("definition", metavar="FILE.py:NAME", help="or package.module:NAME")
+    parser.add_argument("--parameters", type=Path, metavar="F", help="safetensors (default: the untrained module's)")
+    parser.add_argument("--calibration", type=Path, metavar="F", help="npz of x for the quantization ranges")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty")
+    parser.set_defaults(execute=commands.run_package)
+
+
+def _add_release(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "release", "sign a model version and offer it to the fleet")
+    parser.add_argument("version_dir", type=Path, metavar="VERSION_DIR", help="made by fl-server package")
+    _add_following(parser)
+    parser.set_defaults(execute=commands.run_release)
+
+
+def _add_train(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "train", "train a model on the devices' own data, in private")
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of the run (default: %(default)s)")
+    decimals = {
+        "epsilon": ("8", "privacy loss of the whole run, at most"),
+        "delta": ("0.001", "chance that the bound fails"),
+        "sampling-rate": ("0.25", "with which each sample takes part in a step"),
+        "clipping-norm": ("1", "L2 bound of one sample's gradient"),
+        "learning-rate": ("0.5", "of the devices' SGD"),
+        "momentum": ("0", "of the devices' SGD, begun anew each round"),
+        "expected-batch": ("32", "samples a step is divided by, a constant of the plan"),
+    }
+    for name, (default, summary) in decimals.items():
+        parser.add_argument(
+            f"--{name}", type=_parse_decimal, default=default, metavar="X", help=f"{summary} (default: %(default)s)"
+        )
+    parser.add_argument("--steps", type=int, default=5, help="DP-SGD steps a device makes in a round (default: 5)")
+    _add_following(parser)
+    parser.set_defaults(execute=commands.run_train)
+
+
+def _add_following(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-wait", action="store_true", help="return once the job is queued")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON; progress goes to stderr")
+
+
+def _parse_decimal(text: str) -> Decimal:
+    try:
+        number = Decimal(text)
+    except InvalidOperation as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from error
+    if not number.is_finite():
+        raise argparse.ArgumentTypeError(f"{text!r} is not finite")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""What each command does; heavy libraries are imported where they are needed, so that `--help` is quick."""
+
+import json
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import TextIO
+
+from fl_server.config import ServerSettings, load_server_settings
+from fl_server.directory import Directory
+from fl_server.errors import ServerError, UsageError
+from fl_server.fleet.enrolment import Federation, enroll_device
+from fl_server.fleet.roster import Device, Roster
+from fl_server.jobs import Job, Jobs, JobState, ReleaseRequest, Request, TrainRequest
+from fl_server.lock import is_locked
+from models.contract.manifest import MANIFEST_NAME
+from models.contract.privacy import TrainingPlan
+
+POLL_INTERVAL_S = 0.2  # of a job that is followed
+
+
+def run_init(arguments: Namespace) -> None:
+    from fl_server.initialise import initialise
+
+    initialise(arguments.directory, fleet=arguments.fleet, host=arguments.host)
+    config_path = Directory(arguments.directory).config_path
+    print(f"created {config_path}; add a [models.NAME] section, then: fl-server run --config {config_path}")
+
+
+def run_coordinator(arguments: Namespace) -> None:
+    settings, directory = _load(arguments)
+    from fl_server.coordinator import run
+
+    run(settings, directory)
+
+
+def run_enroll(arguments: Namespace) -> None:
+    settings, directory = _load(arguments)
+    federation = Federation(
+        fleet=settings.fleet,
+        broker_host=settings.broker.host,
+        broker_port=settings.broker.port,
+        superlink=settings.superlink.address,
+        ca=directory.ca_path.read_bytes(),
+        tuf_root=(directory.tuf_dir / "1.root.json").read_bytes(),
+    )
+    model = arguments.model or _get_only_model(settings)
+    with Roster(directory.database_path) as roster:
+        enroll_device(roster, federation, device_id=arguments.device_id, model=model, out_dir=arguments.out)
+    print(f"enrolled {arguments.device_id}; move {arguments.out} to the device, it holds the device's private key")
+
+
+def run_revoke(arguments: Namespace) -> None:
+    _, directory = _load(arguments)
+    with Roster(directory.database_path) as roster:
+        roster.revoke(arguments.device_id)
+    print(f"revoked {arguments.device_id}")
+
+
+def run_devices(arguments: Namespace) -> None:
+    _, directory = _load(arguments)
+    with Roster(directory.database_path) as roster:
+        rows = [_describe(device) for device in roster.list_devices()]
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(f"{'device':<24} {'state':<8} {'model':<16} {'version':>7} {'update':<9} trains")
+    for row in rows:
+        version = "-" if row["version"] is None else row["version"]
+        trains = "yes" if row["trains"] else "no"
+        print(
+            f"{row['device']:<24} {row['state']:<8} {row['model'] or '-':<16} {version:>7} {row['update'] or '-':<9} {trains}"
+        )
+
+
+def run_package(arguments: Namespace) -> None:
+    from fl_server.package import package_definition
+    from fl_server.packaging.definitions import load_definition
+
+    definition = load_definition(arguments.definition)
+    settings, directory = _load(arguments) if arguments.config.exists() else (None, None)
+    model = settings.models.get(definition.name) if settings else None
+    manifest = package_definition(
+        definition,
+        directory=directory,
+        parameters_path=arguments.parameters,
+        calibration_path=arguments.calibration or (model.calibration if model else None),
+        validation_path=model.validation if model else None,
+        out_dir=arguments.out,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    quality = manifest.quality
+    measured = f", {quality.metric} {quality.value:.3f} on {quality.samples} samples" if quality else ""
+    print(f"packaged {manifest.model} version {manifest.version} in {arguments.out}{measured}")
+
+
+def run_release(arguments: Namespace) -> None:
+    _, directory = _load(arguments)
+    version_dir: Path = arguments.version_dir.resolve()
+    if not (version_dir / MANIFEST_NAME).is_file():
+        raise UsageError(f"{arguments.version_dir} holds no {MANIFEST_NAME}; a version comes from fl-server package")
+    _enqueue(arguments, directory, ReleaseRequest(version_dir=str(version_dir)))
+
+
+def run_train(arguments: Namespace) -> None:
+    settings, directory = _load(arguments)
+    if arguments.model not in settings.models:
+        known = ", ".join(sorted(settings.models)) or "none"
+        raise UsageError(f"{arguments.config}: there is no section [models.{arguments.model}]; models here: {known}")
+    try:
+        request = TrainRequest(
+            model=arguments.model,
+            epsilon=arguments.epsilon,
+            delta=arguments.delta,
+            sampling_rate=arguments.sampling_rate,
+            clipping_norm=arguments.clipping_norm,
+            training=TrainingPlan(
+                rounds=arguments.rounds,
+                steps=arguments.steps,
+                expected_batch=arguments.expected_batch,
+                learning_rate=arguments.learning_rate,
+                momentum=arguments.momentum,
+            ),
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    _enqueue(arguments, directory, request)
+
+
+def _load(arguments: Namespace) -> tuple[ServerSettings, Directory]:
+    settings = load_server_settings(arguments.config)
+    directory = Directory(arguments.config.resolve().parent)
+    if not directory.database_path.exists():
+        raise UsageError(f"{directory.path} holds no federation; create one with fl-server init")
+    return settings, directory
+
+
+def _get_only_model(settings: ServerSettings) -> str:
+    if len(settings.models) != 1:
+        known = ", ".join(sorted(settings.models)) or "none"
+        raise UsageError(f"name what the device serves with --model; models configured: {known}")
+    return next(iter(settings.models))
+
+
+def _describe(device: Device) -> dict[str, str | int | bool | None]:
+    status = device.status
+    if device.revoked_at is not None:
+        state = "revoked"
+    elif status is None:
+        state = "new"
+    else:
+        state = "online" if status.online else "offline"
+    return {
+        "device": device.device_id,
+        "state": state,
+        "model": status.model if status else None,
+        "version": status.version if status else None,
+        "digest": status.digest if status else None,
+        "update": status.update if status else None,
+        "trains": status is not None and status.trains,
+    }
+
+
+def _enqueue(arguments: Namespace, directory: Directory, request: Request) -> None:
+    with Jobs(directory.database_path) as jobs:
+        number = jobs.add(request)
+        if not is_locked(directory.lock_path):
+            print(f"job {number} waits for a coordinator: start fl-server run", file=sys.stderr)
+        if arguments.no_wait:
+            print(f"job {number} is queued")
+            return
+        job = _follow(jobs, number, sys.stderr if arguments.json else sys.stdout)
+    if job.state is JobState.FAILED:
+        raise ServerError(job.result or f"job {number} failed")
+    if arguments.json:
+        print(job.result)
+
+
+def _follow(jobs: Jobs, number: int, output: TextIO) -> Job:
+    """Print the job's lines as they come, and return it once it is over."""
+    seen = 0
+    while True:
+        job = jobs.get(number)  # before the lines: the last one is there once the job is over
+        for line_number, line in jobs.list_lines(number, after=seen):
+            seen = line_number
+            print(line, file=output, flush=True)
+        if job.is_over:
+            return job
+        time.sleep(POLL_INTERVAL_S)

@@ -1,0 +1,199 @@
+"""The coordinator service: a list of named steps on one event loop, ended together.
+
+superlink   Flower's SuperLink as a child, started again whenever it ends
+nodes       enrolled devices become nodes of the SuperLink
+messages    what the fleet says, onto the roster; retained state again after a reconnect
+jobs        what operators ask for, one at a time
+metadata    what is signed, signed again before it expires, and published if the broker lacks it
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+from fl_server.announcer import Announcer
+from fl_server.config import ServerSettings
+from fl_server.directory import Directory
+from fl_server.errors import RunError, ServerError
+from fl_server.fleet.mqtt import Connected, Disconnected, FromDevice, Link, LinkError
+from fl_server.fleet.roster import Roster
+from fl_server.jobs import Job, Jobs, JobState, ReleaseRequest
+from fl_server.lock import holding_lock
+from fl_server.orders import Orders
+from fl_server.release import ReleaseResult, Releases
+from fl_server.rollout.keys import load_key
+from fl_server.superlink import SuperLink, check_port_free
+from fl_server.training_run import RunResult, Services, TrainingRun
+from models.contract.encoding import build_json
+from models.contract.errors import ContractError
+from models.contract.messages import Ack, Event, Status, Telemetry
+from models.contract.topics import Channel, build_device_topic
+
+logger = logging.getLogger(__name__)
+
+JOBS_INTERVAL_S = 0.3
+METADATA_INTERVAL_S = 60.0  # a day is the shortest lifetime of what is signed
+NODES_INTERVAL_S = 5.0  # a device that was just enrolled should find itself registered when it comes
+
+
+def run(settings: ServerSettings, directory: Directory) -> None:
+    """Run until SIGTERM or SIGINT; its children end with it.
+
+    Raises:
+        ServerError: It cannot start, or a step failed for good.
+    """
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request otherwise
+    with (
+        holding_lock(directory.lock_path),
+        Roster(directory.database_path) as roster,
+        Jobs(directory.database_path) as jobs,
+    ):
+        check_port_free(settings.superlink)
+        asyncio.run(_serve(settings, directory, roster, jobs))
+
+
+async def _serve(settings: ServerSettings, directory: Directory, roster: Roster, jobs: Jobs) -> None:
+    loop, main = asyncio.get_running_loop(), asyncio.current_task()
+    assert main is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, main.cancel)
+    async with Link(host=settings.broker.host, port=settings.broker.port, fleet=settings.fleet) as link:
+        coordinator = Coordinator(settings, directory, roster, jobs, link)
+        try:
+            async with asyncio.TaskGroup() as steps:
+                for name, step in coordinator.steps.items():
+                    steps.create_task(step(), name=name)
+        except* ServerError as errors:
+            error = errors.exceptions[0]
+            raise ServerError(str(error)) from error
+        except* asyncio.CancelledError:
+            logger.info("told to end")
+
+
+class Coordinator:
+    """The steps, and what they share."""
+
+    def __init__(self, settings: ServerSettings, directory: Directory, roster: Roster, jobs: Jobs, link: Link) -> None:
+        self._settings, self._roster, self._jobs, self._link = settings, roster, jobs, link
+        self._superlink = SuperLink(settings.superlink, directory, roster)
+        self._releases = Releases(settings, directory, link.publish)
+        orders = Orders(fleet=settings.fleet, key=load_key(directory.order_key_path))
+        self._announcer = Announcer(link, orders, roster, settings.rounds)
+        self._services = Services(
+            settings=settings,
+            directory=directory,
+            roster=roster,
+            releases=self._releases,
+            announcer=self._announcer,
+            superlink=self._superlink,
+        )
+        self._run: TrainingRun | None = None
+        self._reconnected = asyncio.Event()
+
+    @property
+    def steps(self) -> dict[str, Callable[[], Coroutine[None, None, None]]]:
+        return {
+            "superlink": self._superlink.keep_running,
+            "nodes": self._keep_registered,
+            "messages": self._listen,
+            "jobs": self._work,
+            "metadata": self._keep_published,
+        }
+
+    async def _keep_registered(self) -> None:
+        is_first = True  # the SuperLink's database may be a new one
+        while True:
+            members = [device for device in self._roster.list_devices() if device.revoked_at is None]
+            if is_first or any(device.node_id is None for device in members):
+                try:
+                    await self._superlink.register_devices()
+                    is_first = False
+                except RunError as error:
+                    logger.warning("%s", error)
+            await asyncio.sleep(NODES_INTERVAL_S)
+
+    async def _listen(self) -> None:
+        while True:
+            item = await self._link.receive()
+            match item:
+                case Connected():
+                    logger.info("connected to the broker")
+                    self._reconnected.set()
+                case Disconnected():
+                    logger.warning("the broker is away")
+                case FromDevice():
+                    await self._hear(item.device_id, item.document)
+
+    async def _hear(self, device_id: str, document: Status | Telemetry | Event) -> None:
+        if not self._roster.is_member(device_id):
+            logger.warning("ignored a message of %s, which is not enrolled here", device_id)
+            return
+        match document:
+            case Status():
+                self._roster.save_status(device_id, document)
+                if document.online and self._run:
+                    await self._run.wake_absent(only=device_id)
+            case Telemetry():
+                self._roster.save_telemetry(device_id, document)
+            case Event():
+                if self._roster.save_event(device_id, document):
+                    logger.info("%s: %s %s", device_id, document.kind, document.message)
+                    if self._run:
+                        self._run.note(device_id, document)
+                topic = build_device_topic(self._settings.fleet, device_id, Channel.ACK)
+                with contextlib.suppress(LinkError):  # the device sends it again
+                    await self._link.publish(topic, build_json(Ack(ids=(document.id,))))
+
+    async def _work(self) -> None:
+        while True:
+            job = self._jobs.find_next()
+            if job is None:
+                await asyncio.sleep(JOBS_INTERVAL_S)
+                continue
+            self._jobs.save_state(job.job, JobState.RUNNING)
+            try:
+                result = await self._do(job)
+            except (ServerError, ContractError, OSError) as error:
+                logger.warning("job %d failed: %s", job.job, error)
+                self._jobs.save_state(job.job, JobState.FAILED, str(error))
+            except Exception as error:  # it would be resumed after a restart, and end the coordinator again
+                logger.exception("job %d failed", job.job)
+                self._jobs.save_state(job.job, JobState.FAILED, f"{type(error).__name__}: {error}; see the log")
+            else:
+                self._jobs.save_state(job.job, JobState.DONE, build_json(result).decode())
+
+    async def _do(self, job: Job) -> ReleaseResult | RunResult:
+        def say(line: str) -> None:
+            logger.info("job %d: %s", job.job, line)
+            self._jobs.add_line(job.job, line)
+
+        if isinstance(job.request, ReleaseRequest):
+            version = await self._releases.release_folder(Path(job.request.version_dir))
+            is_offered = await self._releases.publish()
+            offered = "offered to the fleet" if is_offered else "offered once the broker is back"
+            say(f"{version.model} version {version.version} is the champion, {offered}")
+            return ReleaseResult(model=version.model, version=version.version, digest=version.manifest_digest)
+        self._run = TrainingRun(f"{int(job.created_at)}-{job.job}", job.request, self._services, say)
+        try:
+            return await self._run.execute()
+        finally:
+            self._run = None
+
+    async def _keep_published(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(METADATA_INTERVAL_S):
+                    await self._reconnected.wait()
+            except TimeoutError:
+                await self._releases.publish()
+                continue
+            self._reconnected.clear()
+            await self._releases.publish(again=True)
+            await self._announcer.repeat()
+            if self._run:
+                await self._run.wake_absent()

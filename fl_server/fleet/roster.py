@@ -1,0 +1,166 @@
+"""The roster: which devices are enrolled, what they last said, and what happened on them.
+
+One SQLite file, shared by the running coordinator and operators' commands.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from fl_server.database import open_database
+from fl_server.errors import ServerError
+from models.contract.encoding import build_json, parse_json
+from models.contract.messages import Event, Status, Telemetry
+
+EVENTS_KEPT = 1000  # of each device; older ones go
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS devices (
+    device_id TEXT PRIMARY KEY,
+    public_key BLOB NOT NULL,
+    node_id TEXT,           -- Flower's are unsigned 64 bits, SQLite's integers are not
+    enrolled_at REAL NOT NULL,
+    revoked_at REAL,
+    status BLOB,
+    telemetry BLOB
+) STRICT;
+CREATE TABLE IF NOT EXISTS events (
+    number INTEGER PRIMARY KEY,
+    device_id TEXT NOT NULL,
+    event_id TEXT NOT NULL,
+    received_at REAL NOT NULL,
+    event BLOB NOT NULL,
+    UNIQUE (device_id, event_id)
+) STRICT;
+"""
+
+
+class RosterError(ServerError):
+    """The roster cannot take this: a name is not allowed, taken or unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One enrolled device.
+
+    Attributes:
+        public_key: Of its Flower node, OpenSSH format.
+        node_id: As the SuperLink registered it; None until then.
+        enrolled_at: Unix time, s.
+        revoked_at: Unix time, s, from which it takes part in nothing.
+        status: The last it said, if it ever did.
+    """
+
+    device_id: str
+    public_key: bytes
+    node_id: int | None
+    enrolled_at: float
+    revoked_at: float | None
+    status: Status | None
+
+    @property
+    def may_train(self) -> bool:
+        """Whether a run may wake it now."""
+        return self.revoked_at is None and self.status is not None and self.status.online and self.status.trains
+
+
+class Roster:
+    """The enrolled devices on disk; every method returns once its effect is durable."""
+
+    def __init__(self, path: Path) -> None:
+        self._database = open_database(path, _SCHEMA)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._database.close()
+
+    @contextmanager
+    def enrolling(self, device_id: str, public_key: bytes) -> Iterator[None]:
+        """Enrol the device if the block ends well, and not at all if it raises.
+
+        Raises:
+            RosterError: It is enrolled already.
+        """
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            if self._database.execute("SELECT 1 FROM devices WHERE device_id = ?", (device_id,)).fetchone():
+                raise RosterError(f"device {device_id!r} is enrolled already; choose another id")
+            self._database.execute(
+                "INSERT INTO devices (device_id, public_key, enrolled_at) VALUES (?, ?, ?)",
+                (device_id, public_key, time.time()),
+            )
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+    def list_devices(self) -> list[Device]:
+        """Return all devices, by id."""
+        rows = self._database.execute("SELECT * FROM devices ORDER BY device_id")
+        return [
+            Device(
+                device_id=row["device_id"],
+                public_key=row["public_key"],
+                node_id=None if row["node_id"] is None else int(row["node_id"]),
+                enrolled_at=row["enrolled_at"],
+                revoked_at=row["revoked_at"],
+                status=None if row["status"] is None else parse_json(row["status"], Status),
+            )
+            for row in rows
+        ]
+
+    def is_member(self, device_id: str) -> bool:
+        """Return whether the device is enrolled and not revoked."""
+        query = "SELECT 1 FROM devices WHERE device_id = ? AND revoked_at IS NULL"
+        return self._database.execute(query, (device_id,)).fetchone() is not None
+
+    def revoke(self, device_id: str) -> None:
+        """Exclude the device from now on.
+
+        Raises:
+            RosterError: No such member.
+        """
+        query = "UPDATE devices SET revoked_at = ? WHERE device_id = ? AND revoked_at IS NULL"
+        if not self._database.execute(query, (time.time(), device_id)).rowcount:
+            raise RosterError(f"device {device_id!r} is not enrolled; see fl-server devices")
+
+    def save_node_id(self, device_id: str, node_id: int) -> None:
+        self._database.execute("UPDATE devices SET node_id = ? WHERE device_id = ?", (str(node_id), device_id))
+
+    def save_status(self, device_id: str, status: Status) -> None:
+        self._database.execute("UPDATE devices SET status = ? WHERE device_id = ?", (build_json(status), device_id))
+
+    def save_telemetry(self, device_id: str, telemetry: Telemetry) -> None:
+        """Keep the device's last measurements."""
+        self._database.execute(
+            "UPDATE devices SET telemetry = ? WHERE device_id = ?", (build_json(telemetry), device_id)
+        )
+
+    def save_event(self, device_id: str, event: Event) -> bool:
+        """Keep the event; return False if it was here already, as a repeated delivery is."""
+        added = self._database.execute(
+            "INSERT OR IGNORE INTO events (device_id, event_id, received_at, event) VALUES (?, ?, ?, ?)",
+            (device_id, event.id, time.time(), build_json(event)),
+        )
+        if not added.rowcount:
+            return False
+        self._database.execute(
+            "DELETE FROM events WHERE device_id = ? AND number <= "
+            "(SELECT number FROM events WHERE device_id = ? ORDER BY number DESC LIMIT 1 OFFSET ?)",
+            (device_id, device_id, EVENTS_KEPT),
+        )
+        return True
+
+    def list_events(self, device_id: str) -> list[Event]:
+        """Return the device's last events, oldest first."""
+        rows = self._database.execute("SELECT event FROM events WHERE device_id = ? ORDER BY number", (device_id,))
+        return [parse_json(row["event"], Event) for row in rows]

@@ -1,0 +1,149 @@
+"""Jobs: what an operator's command asks of the running coordinator; durable, so a restart goes on with them."""
+
+import time
+from dataclasses import dataclass
+from decimal import Decimal
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from fl_server.database import open_database
+from fl_server.errors import ServerError
+from models.contract.encoding import build_json, parse_json
+from models.contract.privacy import TrainingPlan
+from models.contract.topics import check_name
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    job INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind TEXT NOT NULL,
+    request BLOB NOT NULL,
+    state TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    ended_at REAL,
+    result BLOB
+) STRICT;
+CREATE TABLE IF NOT EXISTS job_lines (
+    number INTEGER PRIMARY KEY,
+    job INTEGER NOT NULL REFERENCES jobs (job),
+    line TEXT NOT NULL
+) STRICT;
+"""
+
+
+class JobState(StrEnum):
+    """Where a job is; a job that was running when the coordinator ended is resumed."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseRequest:
+    """Make the version in this folder the champion of its model."""
+
+    version_dir: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRequest:
+    """Train the champion of `model` in rounds, within epsilon; fields as in the privacy and training plans."""
+
+    model: str
+    epsilon: Decimal
+    delta: Decimal
+    sampling_rate: Decimal
+    clipping_norm: Decimal
+    training: TrainingPlan
+
+    def __post_init__(self) -> None:
+        check_name(self.model, "model")
+        if not (self.epsilon > 0 and 0 < self.delta < 1):
+            raise ValueError(f"epsilon {self.epsilon} must be > 0 and delta {self.delta} in (0, 1)")
+        if not (0 < self.sampling_rate <= 1 and self.clipping_norm > 0):
+            raise ValueError(
+                f"sampling_rate {self.sampling_rate} must be in (0, 1] and clipping_norm {self.clipping_norm} > 0"
+            )
+
+
+Request = ReleaseRequest | TrainRequest
+_KINDS: dict[str, type[ReleaseRequest | TrainRequest]] = {"release": ReleaseRequest, "train": TrainRequest}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One job as it is on disk; `result` is JSON once it is done, and one line of text if it failed."""
+
+    job: int
+    request: Request
+    state: JobState
+    created_at: float
+    result: str | None
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in (JobState.DONE, JobState.FAILED)
+
+
+class Jobs:
+    """The jobs on disk; every method returns once its effect is durable."""
+
+    def __init__(self, path: Path) -> None:
+        self._database = open_database(path, _SCHEMA)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._database.close()
+
+    def add(self, request: Request) -> int:
+        """Enqueue `request` and return the job's number."""
+        kind = next(name for name, class_ in _KINDS.items() if isinstance(request, class_))
+        cursor = self._database.execute(
+            "INSERT INTO jobs (kind, request, state, created_at) VALUES (?, ?, ?, ?)",
+            (kind, build_json(request), JobState.QUEUED, time.time()),
+        )
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def get(self, job: int) -> Job:
+        """Return the job; raises ServerError if there is none."""
+        row = self._database.execute("SELECT * FROM jobs WHERE job = ?", (job,)).fetchone()
+        if row is None:
+            raise ServerError(f"there is no job {job}")
+        return Job(
+            job=row["job"],
+            request=parse_json(row["request"], _KINDS[row["kind"]]),
+            state=JobState(row["state"]),
+            created_at=row["created_at"],
+            result=None if row["result"] is None else row["result"].decode(),
+        )
+
+    def find_next(self) -> Job | None:
+        """Return the job to do now: the one that was interrupted, else the oldest in the queue."""
+        row = self._database.execute(
+            "SELECT job FROM jobs WHERE state IN ('running', 'queued') ORDER BY state = 'queued', job LIMIT 1"
+        ).fetchone()
+        return None if row is None else self.get(row["job"])
+
+    def save_state(self, job: int, state: JobState, result: str | None = None) -> None:
+        ended_at = time.time() if state in (JobState.DONE, JobState.FAILED) else None
+        data = None if result is None else result.encode()
+        self._database.execute(
+            "UPDATE jobs SET state = ?, result = ?, ended_at = ? WHERE job = ?", (state, data, ended_at, job)
+        )
+
+    def add_line(self, job: int, line: str) -> None:
+        """Tell whoever follows the job."""
+        self._database.execute("INSERT INTO job_lines (job, line) VALUES (?, ?)", (job, line))
+
+    def list_lines(self, job: int, *, after: int = 0) -> list[tuple[int, str]]:
+        """Return the job's lines with their numbers, from the first whose number is above `after`."""
+        query = "SELECT number, line FROM job_lines WHERE job = ? AND number > ? ORDER BY number"
+        return [(row["number"], row["line"]) for row in self._database.execute(query, (job, after))]

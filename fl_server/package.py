@@ -1,0 +1,118 @@
+"""`fl-server package`: a model version from a definition, with or without a federation at hand."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fl_server.directory import Directory
+from fl_server.errors import UsageError
+from fl_server.evaluation.evaluate import measure_quality
+from fl_server.held_out import HeldOutData, load_held_out
+from fl_server.packaging.architecture import Architecture, load_architecture, load_parameters
+from fl_server.packaging.package import package_version
+from fl_server.registry.registry import Registry
+from models.contract.manifest import Lineage, ModelManifest, Quality
+from models.definitions import ModelDefinition
+from models.tensors.spec import TensorSpec
+
+_MADE_UP_ROWS = 256
+
+Say = Callable[[str], None]
+
+
+def package_definition(
+    definition: ModelDefinition,
+    *,
+    directory: Directory | None,
+    parameters_path: Path | None,
+    calibration_path: Path | None,
+    validation_path: Path | None,
+    out_dir: Path,
+    say: Say,
+) -> ModelManifest:
+    """Write a version of `definition` to the new folder `out_dir`.
+
+    Args:
+        definition: Exported first, unless the federation has its architecture already.
+        directory: The federation that numbers the version and keeps the architecture; None for neither.
+        parameters_path: Safetensors; None for the untrained module's.
+        calibration_path: An npz of x for the quantization ranges; else the validation data's, else made up.
+        validation_path: An npz of x and y to measure the version on; else the calibration data, if it has y.
+        out_dir: Must not exist, or be empty.
+        say: Is told what takes long and what was assumed.
+
+    Raises:
+        ServerError: What cannot be used, and why.
+    """
+    if out_dir.is_dir() and not any(out_dir.iterdir()):
+        out_dir.rmdir()
+    if out_dir.exists():
+        raise UsageError(f"{out_dir} is not an empty folder; a version gets one of its own")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    spec = definition.inputs[0]
+    calibration = load_held_out(calibration_path, spec) if calibration_path else None
+    validation = load_held_out(validation_path, spec) if validation_path else calibration
+    ranges = calibration or validation
+    if ranges is None:
+        say(
+            "no calibration data: the quantization ranges come from made-up inputs; a trained model needs --calibration"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        parent = directory.architectures_dir if directory else Path(scratch)
+        architecture = _load_or_export(definition, parent / definition.name, say)
+        return package_version(
+            architecture,
+            parameters=(
+                load_parameters(parameters_path, architecture.training.layout)
+                if parameters_path
+                else architecture.load_initial_parameters()
+            ),
+            version=_get_next_version(directory, definition.name),
+            calibration=_make_up_inputs(spec) if ranges is None else ranges.x,
+            measure=_build_measure(definition, validation),
+            lineage=Lineage(),
+            privacy=None,
+            out_dir=out_dir,
+        )
+
+
+def _load_or_export(definition: ModelDefinition, directory: Path, say: Say) -> Architecture:
+    if not directory.exists():
+        from fl_server.packaging.export import export_architecture  # torch, which a known architecture does not need
+
+        say(f"exporting {definition.name}; once, it takes some seconds")
+        return export_architecture(definition, directory)
+    architecture = load_architecture(directory)
+    asked = (definition.inputs, definition.outputs, definition.labels, definition.batch)
+    if (architecture.inputs, architecture.outputs, architecture.labels, architecture.training.batch) != asked:
+        raise UsageError(
+            f"{directory} was exported from another definition of {definition.name!r}; "
+            "remove that folder, or give the new definition a name of its own"
+        )
+    say(f"using the architecture in {directory}; remove it if the definition has changed")
+    return architecture
+
+
+def _get_next_version(directory: Directory | None, model: str) -> int:
+    if directory is None:
+        return 1
+    with Registry(directory.registry_dir) as registry:
+        return registry.get_next_version(model)
+
+
+def _build_measure(definition: ModelDefinition, data: HeldOutData | None) -> Callable[[Path, Path], Quality | None]:
+    if data is None or data.y is None:
+        return lambda _inference_path, _float_path: None
+    x, y = data.x, data.y
+    return lambda inference_path, float_path: measure_quality(inference_path, float_path, x, y, definition.metric)
+
+
+def _make_up_inputs(spec: TensorSpec) -> npt.NDArray[Any]:
+    shape = (_MADE_UP_ROWS, *spec.row_shape)
+    if spec.dtype.startswith("float"):
+        return np.random.default_rng(0).standard_normal(shape).astype(spec.dtype)
+    return np.zeros(shape, spec.dtype)  # the one integer that indexes any table

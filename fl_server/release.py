@@ -1,0 +1,250 @@
+"""From parameters to an offer: packages, measures, registers, signs and publishes versions.
+
+What the registry calls champion is what is signed, and what is signed is what is published: both steps may be
+repeated at any time, so a kill between two of them is made good by the next one.
+"""
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fl_server.config import ModelSettings, ServerSettings, resolve_definition
+from fl_server.directory import Directory
+from fl_server.errors import RunError, ServerError
+from fl_server.evaluation.evaluate import measure_quality
+from fl_server.evaluation.gate import GateRules, decide_promotion
+from fl_server.evaluation.metrics import METRICS, MetricFunction
+from fl_server.fleet.mqtt import LinkError
+from fl_server.held_out import load_held_out
+from fl_server.packaging.architecture import Architecture, load_architecture
+from fl_server.packaging.definitions import load_definition
+from fl_server.packaging.package import package_version
+from fl_server.registry.registry import ModelVersion, Registry, RegistryError
+from fl_server.rollout.publisher import Publish, Publisher, count_pushed_bytes, list_blobs
+from fl_server.rollout.repository import ReleaseRepository
+from models.contract.encoding import build_digest
+from models.contract.manifest import GRAPH_NAMES, Lineage, ModelManifest, Quality, build_manifest
+from models.contract.offer import build_offer
+from models.contract.privacy import PrivacyStatement
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What became of a candidate.
+
+    Attributes:
+        version: Its number, if it became the champion.
+        value: Of the metric, on the server's held-out data.
+        bytes_pushed: Bytes a device on the champion before it fetches.
+        reason: The gate's.
+    """
+
+    version: int | None
+    metric: str
+    value: Decimal
+    bytes_pushed: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseResult:
+    """What a release brought; the result of its job."""
+
+    model: str
+    version: int
+    digest: str
+
+
+class Releases:
+    """The way of a version from parameters to the fleet; used on one event loop."""
+
+    def __init__(self, settings: ServerSettings, directory: Directory, publish: Publish) -> None:
+        self._settings, self._directory = settings, directory
+        self._repository = ReleaseRepository(directory)
+        self._publisher = Publisher(
+            fleet=settings.fleet, record_path=directory.path / "published.json", publish=publish
+        )
+        self._publishing = asyncio.Lock()
+
+    async def release_folder(self, version_dir: Path) -> ModelVersion:
+        """Make the version in `version_dir` the champion; `publish` signs and offers it.
+
+        Raises:
+            ServerError: It cannot be registered, or its graphs cannot be signed here.
+        """
+        return await asyncio.to_thread(self._register, version_dir)
+
+    async def consider(
+        self,
+        model: str,
+        parameters: Mapping[str, npt.NDArray[np.float32]],
+        *,
+        lineage: Lineage,
+        privacy: PrivacyStatement,
+        scratch_dir: Path,
+    ) -> Verdict:
+        """Package `parameters` and offer them if they beat the champion; a round considered before is not twice.
+
+        Args:
+            model: Whose parameters.
+            parameters: Arrays by the names of the model's layout.
+            lineage: Names the run and round.
+            privacy: What the version may claim.
+            scratch_dir: Where the candidate is built; gone afterwards.
+        """
+        verdict = await asyncio.to_thread(self._consider, model, parameters, lineage, privacy, scratch_dir)
+        await self.publish()
+        return verdict
+
+    async def publish(self, *, again: bool = False) -> bool:
+        """Sign the champions and let the broker hold them; what it did not take, the next call sends.
+
+        Args:
+            again: Send what was sent before too: the broker may have lost it.
+
+        Returns:
+            Whether the broker holds all of it.
+        """
+        async with self._publishing:
+            offer, blobs = await asyncio.to_thread(self._sign)
+            try:
+                await (self._publisher.republish if again else self._publisher.publish)(offer, blobs)
+            except LinkError as error:
+                logger.warning("not published: %s", error)
+                return False
+            return True
+
+    def load_champion(self, model: str) -> tuple[ModelVersion, Architecture]:
+        """Return the champion and the architecture it was packaged from.
+
+        Raises:
+            ServerError: There is no champion, or its architecture is not here.
+        """
+        with Registry(self._directory.registry_dir) as registry:
+            champion = registry.get_model_version_by_alias(model, "champion")
+        architecture = load_architecture(self._directory.architectures_dir / model)
+        _check_graphs(champion.load_manifest(), architecture)
+        return champion, architecture
+
+    def _register(self, version_dir: Path) -> ModelVersion:
+        with Registry(self._directory.registry_dir) as registry:
+            version = registry.create_model_version(version_dir)
+            manifest = version.load_manifest()
+            graphs = {name: manifest.files[name] for name in GRAPH_NAMES if name in manifest.files}
+            self._repository.sign_graphs(graphs, now=datetime.now(UTC))
+            registry.set_registered_model_alias(version.model, "champion", version.version)
+        return version
+
+    def _consider(
+        self,
+        model: str,
+        parameters: Mapping[str, npt.NDArray[np.float32]],
+        lineage: Lineage,
+        privacy: PrivacyStatement,
+        scratch_dir: Path,
+    ) -> Verdict:
+        champion, architecture = self.load_champion(model)
+        with Registry(self._directory.registry_dir) as registry:
+            known = registry.search_model_versions(model, run=lineage.run, round=lineage.round)
+            if known:  # registered, then the coordinator was killed
+                if champion.version < known[0].version:
+                    registry.set_registered_model_alias(model, "champion", known[0].version)
+                return _build_verdict(known[0].load_manifest(), known[0].version, None, "released before a restart")
+            shutil.rmtree(scratch_dir, ignore_errors=True)
+            manifest = package_version(
+                architecture,
+                parameters=parameters,
+                version=registry.get_next_version(model),
+                calibration=self._load_calibration(model, architecture),
+                measure=self._build_measure(model, architecture),
+                lineage=lineage,
+                privacy=privacy,
+                out_dir=scratch_dir,
+            )
+            before = champion.load_manifest()
+            assert manifest.quality is not None
+            decision = decide_promotion(manifest.quality, before.quality, GateRules())
+            if decision.promote:
+                registry.create_model_version(scratch_dir)
+                registry.set_registered_model_alias(model, "champion", manifest.version)
+            shutil.rmtree(scratch_dir)
+            return _build_verdict(manifest, manifest.version if decision.promote else None, before, decision.reason)
+
+    def _sign(self) -> tuple[bytes, dict[str, Path | bytes]]:
+        """Sign what the registry calls champion, and return the offer with the blobs it leads to."""
+        now = datetime.now(UTC)
+        pem = self._repository.build_coordinator_pem()
+        blobs: dict[str, Path | bytes] = {build_digest(pem): pem}
+        with Registry(self._directory.registry_dir) as registry:
+            for model in registry.search_registered_models():
+                released = _find_released(registry, model)
+                manifests = {alias: version.load_manifest_bytes() for alias, version in released.items()}
+                self._repository.set_release(model, manifests, now=now)
+                for version in released.values():
+                    blobs |= list_blobs(version.directory)
+        for role in self._repository.refresh_expiring(now):
+            logger.warning("the metadata of role %s expires soon; sign it where its key is", role)
+        return build_offer(self._repository.load_metadata()), blobs
+
+    def _get_settings(self, model: str) -> ModelSettings:
+        resolve_definition(self._settings, model, self._directory.path)  # raises what names the missing section
+        return self._settings.models[model]
+
+    def _load_calibration(self, model: str, architecture: Architecture) -> npt.NDArray[Any]:
+        settings = self._get_settings(model)
+        return load_held_out(settings.calibration or settings.validation, architecture.inputs[0]).x
+
+    def _build_measure(self, model: str, architecture: Architecture) -> Callable[[Path, Path], Quality]:
+        path = self._get_settings(model).validation
+        data = load_held_out(path, architecture.inputs[0])
+        if data.y is None:
+            raise ServerError(f"{path} has no y: versions are measured against it")
+        metric: str | MetricFunction = architecture.training.metric
+        if metric not in METRICS:  # a function of the user's own
+            metric = load_definition(resolve_definition(self._settings, model, self._directory.path)).metric
+        x, y = data.x, data.y
+        return lambda inference_path, float_path: measure_quality(inference_path, float_path, x, y, metric)
+
+
+def _find_released(registry: Registry, model: str) -> dict[str, ModelVersion]:
+    released = {}
+    for alias in ("champion", "previous"):  # the previous one's blobs stay for who is fetching them just now
+        try:
+            released[alias] = registry.get_model_version_by_alias(model, alias)
+        except RegistryError:
+            continue
+    return released
+
+
+def _check_graphs(manifest: ModelManifest, architecture: Architecture) -> None:
+    for name in GRAPH_NAMES:
+        entry = manifest.files.get(name)
+        if entry is None:
+            raise RunError(f"{manifest.model} version {manifest.version} is only served: it has no {name}")
+        if build_digest((architecture.directory / name).read_bytes()) != entry.digest:
+            raise RunError(
+                f"{manifest.model} version {manifest.version} was packaged from another {name} than "
+                f"{architecture.directory} holds; package and release it again with this federation's --config"
+            )
+
+
+def _build_verdict(manifest: ModelManifest, version: int | None, before: ModelManifest | None, reason: str) -> Verdict:
+    assert manifest.quality is not None
+    return Verdict(
+        version=version,
+        metric=manifest.quality.metric,
+        value=manifest.quality.value,
+        bytes_pushed=count_pushed_bytes(build_manifest(manifest), before),
+        reason=reason,
+    )

@@ -1,0 +1,318 @@
+"""One training run: from the plan, round by round, to its last release.
+
+    champion -> plan -> run directory -> open notice, wake commands -> driver -+-> closed notice, result
+                                                                      ^        |
+                                              "continue" <- verdict <-+- round-+
+
+The run directory and the registry hold all of its state: started again, it goes on where it was.
+"""
+
+import asyncio
+import dataclasses
+import math
+import sys
+from asyncio.subprocess import Process
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import ROUND_UP, Decimal
+from pathlib import Path
+
+from fl_server.announcer import Announcer
+from fl_server.children import running
+from fl_server.config import ServerSettings
+from fl_server.directory import Directory
+from fl_server.errors import RunError, ServerError
+from fl_server.fleet.roster import Roster
+from fl_server.jobs import TrainRequest
+from fl_server.packaging.architecture import load_parameters
+from fl_server.privacy.calibration import build_privacy_plan
+from fl_server.privacy.statement import build_statement
+from fl_server.release import Releases
+from fl_server.rounds import run as rounds
+from fl_server.rounds.events import Abandoned, Done, Event, Joined, RoundCompleted, UpdateRefused, parse_event
+from fl_server.superlink import SuperLink
+from models.contract.encoding import build_json, parse_json
+from models.contract.files import save_atomically
+from models.contract.manifest import PARAMETERS_NAME, TRAIN_STEP_NAME, Lineage, parse_manifest
+from models.contract.messages import Event as DeviceEvent
+from models.contract.messages import EventKind
+from models.contract.privacy import PrivacyPlan, TrainingPlan
+
+BASE_NAME = "base.json"  # the manifest of the version that the run starts from
+OUTCOME_NAME = "outcome.json"
+DRIVER_RESTARTS = 5  # of one that was killed, without a completed round between; one that reports an error has ended
+DRIVER_PAUSE_S = 1.0
+NORM_ALLOWANCE = 8.0  # an honest step may draw some times the expected batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What one round brought; kept beside its checkpoint.
+
+    Attributes:
+        epsilon: Spent from the run's start to the end of this round.
+        version: None if the gate kept the champion.
+        value: Of the metric, on the server's held-out data.
+        bytes_pushed: Bytes that a device on the champion before it fetches.
+    """
+
+    round: int
+    accepted: tuple[str, ...]
+    missing: tuple[str, ...]
+    seconds: float
+    epsilon: Decimal
+    version: int | None
+    metric: str
+    value: Decimal
+    bytes_pushed: int
+    promoted: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What a run brought; the result of its job."""
+
+    run: str
+    model: str
+    privacy: PrivacyPlan
+    epsilon: Decimal
+    rounds: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """What a run uses of the coordinator."""
+
+    settings: ServerSettings
+    directory: Directory
+    roster: Roster
+    releases: Releases
+    announcer: Announcer
+    superlink: SuperLink
+
+
+class TrainingRun:
+    """The run of one job; `execute` may be called anew after any interruption."""
+
+    def __init__(self, run: str, request: TrainRequest, services: Services, say: Callable[[str], None]) -> None:
+        self._run, self._request, self._services, self._say = run, request, services, say
+        self._run_dir = services.directory.runs_dir / run
+        self._spec: rounds.RunSpec | None = None
+        self._absent: set[str] = set()
+
+    async def execute(self) -> RunResult:
+        """Run to the end.
+
+        Raises:
+            ServerError: It cannot begin or go on; what it released stays.
+        """
+        spec = self._spec = await self._prepare()
+        self._absent = set(spec.devices)
+        await self._services.announcer.announce(spec, is_open=True)
+        try:
+            await self._drive_to_end(spec)
+        except ServerError:
+            await self._services.announcer.announce(spec, is_open=False)
+            raise
+        await self._services.announcer.announce(spec, is_open=False)
+        outcomes = tuple(self._load_outcome(number) for number in range(1, spec.training.rounds + 1))
+        return RunResult(
+            run=spec.run,
+            model=spec.model,
+            privacy=spec.privacy,
+            epsilon=outcomes[-1].epsilon,
+            rounds=outcomes,
+        )
+
+    async def wake_absent(self, *, only: str | None = None) -> None:
+        """Wake again who is missing, or `only` one of them: it came back, or the broker did."""
+        if self._spec is not None:
+            await self._services.announcer.wake(self._spec, self._absent if only is None else self._absent & {only})
+
+    def note(self, device_id: str, event: DeviceEvent) -> None:
+        """Tell who follows the run why a device does not take part."""
+        if event.run == self._run and event.kind in (EventKind.TRAINING_REFUSED, EventKind.ORDER_REFUSED):
+            self._say(f"{device_id}: {event.message}")
+
+    async def _prepare(self) -> rounds.RunSpec:
+        """Return the run's specification, made on the first call."""
+        await self._services.superlink.register_devices()
+        if not (self._run_dir / rounds.SPEC_NAME).exists():
+            await asyncio.to_thread(self._create, self._choose_devices())
+        spec = rounds.load_spec(self._run_dir)
+        self._say(
+            f"run {spec.run}: {len(spec.devices)} devices, {spec.training.rounds} rounds of {spec.training.steps} "
+            f"steps, noise multiplier {spec.privacy.noise_multiplier}"
+        )
+        return spec
+
+    def _choose_devices(self) -> dict[str, int]:
+        """Return the node ids of the devices that can train the model now."""
+        devices = {
+            device.device_id: device.node_id
+            for device in self._services.roster.list_devices()
+            if device.may_train and device.status and device.status.model == self._request.model and device.node_id
+        }
+        if not devices:
+            raise RunError(f"no device that trains {self._request.model} is online; see fl-server devices")
+        return devices
+
+    def _create(self, devices: dict[str, int]) -> None:
+        champion, architecture = self._services.releases.load_champion(self._request.model)
+        manifest = champion.load_manifest()
+        settings, directory, training = self._services.settings, self._services.directory, self._request.training
+        layout = architecture.training.layout
+        privacy = build_privacy_plan(
+            clipping_norm=self._request.clipping_norm,
+            sampling_rate=self._request.sampling_rate,
+            delta=self._request.delta,
+            epsilon=self._request.epsilon,
+            steps=training.steps,
+            rounds=training.rounds,
+        )
+        spec = rounds.RunSpec(
+            fleet=settings.fleet,
+            model=self._request.model,
+            run=self._run,
+            graph_digest=manifest.files[TRAIN_STEP_NAME].digest,
+            layout=layout,
+            privacy=privacy,
+            training=training,
+            devices=devices,
+            quorum=math.ceil(settings.rounds.quorum * len(devices)),
+            deadline_s=settings.rounds.deadline_s,
+            join_timeout_s=settings.rounds.join_timeout_s,
+            superlink=settings.superlink.address,
+            ca_path=str(directory.ca_path),
+            superexec_secret_path=str(directory.superexec_secret_path),
+            order_key_path=str(directory.order_key_path),
+            update_norm_limit=compute_norm_limit(privacy, training, layout.size),
+        )
+        parameters = load_parameters(champion.directory / PARAMETERS_NAME, layout)
+        self._run_dir.mkdir(exist_ok=True)
+        save_atomically(self._run_dir / BASE_NAME, champion.load_manifest_bytes())
+        rounds.create_run(self._run_dir, spec, layout.flatten(parameters))
+
+    async def _drive_to_end(self, spec: rounds.RunSpec) -> None:
+        log_path = self._services.directory.logs_dir / f"{spec.run}.log"
+        command = (sys.executable, "-m", "fl_server.rounds", str(self._run_dir))
+        kills = 0
+        while True:
+            concluded = self._concluded
+            async with running(f"driver of run {spec.run}", command, log_path=log_path, piped=True) as driver:
+                await self.wake_absent()
+                is_done = await self._follow(spec, driver)
+                code = await driver.wait()
+            if is_done:
+                return
+            kills = 1 if self._concluded > concluded else kills + 1
+            if code >= 0 or kills > DRIVER_RESTARTS:
+                raise RunError(f"run {spec.run} ended: {_read_last_line(log_path)}; its log: {log_path}")
+            await asyncio.sleep(DRIVER_PAUSE_S)
+
+    async def _follow(self, spec: rounds.RunSpec, driver: Process) -> bool:
+        """Act on the driver's events until it ends; return whether it said that the run is done."""
+        assert driver.stdin is not None
+        assert driver.stdout is not None
+        async for line in driver.stdout:
+            event = parse_event(line)
+            if isinstance(event, Done):
+                return True
+            await self._act(spec, event)
+            if isinstance(event, RoundCompleted) and event.round < spec.training.rounds:
+                driver.stdin.write(b"continue\n")
+        return False
+
+    async def _act(self, spec: rounds.RunSpec, event: Event) -> None:
+        match event:
+            case Joined():
+                self._absent = set(spec.devices) - set(event.devices)
+                self._say(f"{len(event.devices)} of {len(spec.devices)} devices joined")
+                await self.wake_absent()
+            case RoundCompleted():
+                self._absent = set(event.missing)
+                await self.wake_absent()
+                await self._conclude(spec, event)
+            case UpdateRefused():
+                self._say(f"round {event.round}: the update of {event.device} does not count: {event.reason}")
+            case Abandoned():
+                self._say(f"round {event.round} was abandoned: {event.reason}")
+                self._absent = set(spec.devices)
+                await self.wake_absent()
+
+    async def _conclude(self, spec: rounds.RunSpec, event: RoundCompleted) -> None:
+        """Offer what the round brought, if it is better; a round that was concluded before is left alone."""
+        if event.round > self._concluded:
+            outcome = await self._consider(spec, event)
+            path = self._get_outcome_path(event.round)
+            await asyncio.to_thread(save_atomically, path, build_json(outcome))
+            became = f"released as version {outcome.version}" if outcome.promoted else f"not released: {outcome.reason}"
+            self._say(
+                f"round {outcome.round}/{spec.training.rounds}: {len(outcome.accepted)} of {len(spec.devices)} devices, "
+                f"{outcome.seconds:.1f} s, {outcome.metric} {outcome.value:.3f}, epsilon {outcome.epsilon:.2f}, {became}"
+            )
+
+    async def _consider(self, spec: rounds.RunSpec, event: RoundCompleted) -> Outcome:
+        base = parse_manifest((self._run_dir / BASE_NAME).read_bytes())
+        earlier = [self._load_outcome(number).version for number in range(1, event.round)]
+        parent = max((version for version in earlier if version is not None), default=base.version)
+        statement = build_statement(
+            spec.privacy, steps=spec.training.steps, rounds_done=event.round, cohort=len(spec.devices)
+        )
+        if base.privacy is not None:  # the same records may have been in an earlier run: epsilons add up
+            statement = dataclasses.replace(
+                statement, epsilon=statement.epsilon + base.privacy.epsilon, delta=statement.delta + base.privacy.delta
+            )
+        verdict = await self._services.releases.consider(
+            spec.model,
+            spec.layout.unflatten(rounds.load_parameters(self._run_dir, spec.layout, event.round)),
+            lineage=Lineage(parent_version=parent, run=spec.run, round=event.round),
+            privacy=statement,
+            scratch_dir=rounds.build_round_dir(self._run_dir, event.round) / "version",
+        )
+        return Outcome(
+            round=event.round,
+            accepted=event.accepted,
+            missing=event.missing,
+            seconds=round(event.seconds, 3),
+            epsilon=statement.epsilon,
+            version=verdict.version,
+            metric=verdict.metric,
+            value=verdict.value,
+            bytes_pushed=verdict.bytes_pushed,
+            promoted=verdict.version is not None,
+            reason=verdict.reason,
+        )
+
+    @property
+    def _concluded(self) -> int:
+        """The last round whose outcome is on disk; rounds are concluded in order."""
+        number = 0
+        while self._get_outcome_path(number + 1).exists():
+            number += 1
+        return number
+
+    def _load_outcome(self, number: int) -> Outcome:
+        return parse_json(self._get_outcome_path(number).read_bytes(), Outcome, max_bytes=rounds.SPEC_MAX_BYTES)
+
+    def _get_outcome_path(self, number: int) -> Path:
+        return rounds.build_round_dir(self._run_dir, number) / OUTCOME_NAME
+
+
+def compute_norm_limit(privacy: PrivacyPlan, training: TrainingPlan, size: int) -> Decimal:
+    """Return the L2 norm that an honest update of `size` parameters stays below, but for a negligible chance.
+
+    A step moves by its sum of clipped gradients plus noise of standard deviation z * C in each parameter,
+    divided by the expected batch; momentum stretches what it moves by 1 / (1 - momentum) at most.
+    """
+    clipping_norm, expected_batch = float(privacy.clipping_norm), float(training.expected_batch)
+    signal = NORM_ALLOWANCE * clipping_norm
+    noise = 2 * float(privacy.noise_multiplier) * clipping_norm * math.sqrt(size) / expected_batch
+    step = float(training.learning_rate) * (signal + noise) / (1 - float(training.momentum))
+    return Decimal(training.steps * step).quantize(Decimal("0.000001"), rounding=ROUND_UP)
+
+
+def _read_last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "its driver said nothing"
