@@ -1,0 +1,106 @@
+from decimal import Decimal
+
+import pytest
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.pld import PLDAccountant
+
+from edge_agent.training.accountant import Phase
+from edge_agent.training.accountant import compute_epsilon as compute_device_epsilon
+from fl_server.errors import UsageError
+from fl_server.privacy.calibration import (
+    NOISE_STEP,
+    build_privacy_plan,
+    calibrate_noise_multiplier,
+    compute_epsilon,
+    round_epsilon_up,
+)
+from models.contract.privacy import Unit
+
+REQUESTS = [
+    ("0.1", 100, "0.001", "8"),
+    ("0.25", 60, "0.001", "1"),
+    ("0.01", 1000, "0.00001", "2"),
+    ("1", 10, "0.00001", "3"),
+]
+
+
+@pytest.mark.parametrize(("rate", "steps", "delta", "epsilon"), REQUESTS)
+def test_noise_is_the_least_that_keeps_the_budget(rate, steps, delta, epsilon):
+    rate, delta, epsilon = Decimal(rate), Decimal(delta), Decimal(epsilon)
+    noise = calibrate_noise_multiplier(sampling_rate=rate, steps=steps, delta=delta, epsilon=epsilon)
+    target = float(epsilon) * 0.995
+    assert noise == round(noise, 4)
+    assert compute_epsilon(rate, noise, steps, delta) <= target
+    assert compute_epsilon(rate, noise - NOISE_STEP, steps, delta) > target
+
+
+@pytest.mark.parametrize(("rate", "steps", "delta", "epsilon"), REQUESTS)
+def test_independent_pld_accountant_finds_the_budget_kept(rate, steps, delta, epsilon):
+    noise = calibrate_noise_multiplier(
+        sampling_rate=Decimal(rate), steps=steps, delta=Decimal(delta), epsilon=Decimal(epsilon)
+    )
+    accountant = PLDAccountant()
+    step = PoissonSampledDpEvent(float(rate), GaussianDpEvent(float(noise)))
+    accountant.compose(SelfComposedDpEvent(step, steps))
+    assert accountant.get_epsilon(float(delta)) <= float(epsilon)
+
+
+@pytest.mark.parametrize(("rate", "steps", "delta", "epsilon"), REQUESTS)
+def test_ledger_of_the_device_finds_the_budget_kept(rate, steps, delta, epsilon):
+    noise = calibrate_noise_multiplier(
+        sampling_rate=Decimal(rate), steps=steps, delta=Decimal(delta), epsilon=Decimal(epsilon)
+    )
+    spent = [Phase(sampling_rate=float(rate), noise_multiplier=float(noise), steps=steps)]
+    assert 0.95 * float(epsilon) < compute_device_epsilon(spent, float(delta)) <= float(epsilon)
+
+
+def test_epsilon_of_known_runs_is_what_was_published():
+    assert compute_epsilon(Decimal("0.064"), Decimal(1), 160, Decimal("0.00001")) == pytest.approx(6.245, abs=0.01)
+    assert compute_epsilon(Decimal("0.01"), Decimal(1), 1000, Decimal("0.00001")) == pytest.approx(2.101, abs=0.01)
+
+
+def test_plan_covers_all_steps_of_all_rounds():
+    plan = build_privacy_plan(
+        clipping_norm=Decimal("1.5"),
+        sampling_rate=Decimal("0.1"),
+        delta=Decimal("0.001"),
+        epsilon=Decimal(8),
+        steps=10,
+        rounds=10,
+    )
+    assert plan.unit is Unit.SAMPLE
+    assert plan.clipping_norm == Decimal("1.5")
+    assert plan.noise_multiplier == calibrate_noise_multiplier(
+        sampling_rate=Decimal("0.1"), steps=100, delta=Decimal("0.001"), epsilon=Decimal(8)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"epsilon": Decimal("0.01"), "sampling_rate": Decimal(1), "steps": 10_000}, "cannot be kept"),
+        ({"epsilon": Decimal(0)}, "epsilon is 0"),
+        ({"epsilon": Decimal("Infinity")}, "not finite"),
+        ({"delta": Decimal(1)}, "delta is 1"),
+        ({"sampling_rate": Decimal("1.1")}, "sampling_rate is 1.1"),
+        ({"clipping_norm": Decimal(-1)}, "clipping_norm is -1"),
+        ({"rounds": 0}, "rounds"),
+        ({"steps": -3}, "steps"),
+    ],
+)
+def test_impossible_budget_is_refused_in_words(changes, words):
+    request = {
+        "clipping_norm": Decimal(1),
+        "sampling_rate": Decimal("0.1"),
+        "delta": Decimal("0.001"),
+        "epsilon": Decimal(8),
+        "steps": 10,
+        "rounds": 10,
+    }
+    with pytest.raises(UsageError, match=words):
+        build_privacy_plan(**{**request, **changes})
+
+
+def test_rounding_never_tells_less_than_was_spent():
+    assert round_epsilon_up(1.23450000001) == Decimal("1.2346")
+    assert round_epsilon_up(0.0) == 0

@@ -1,0 +1,32 @@
+from decimal import Decimal
+
+from fl_server.privacy.calibration import build_privacy_plan
+from fl_server.privacy.statement import build_statement
+
+PLAN = build_privacy_plan(
+    clipping_norm=Decimal(1),
+    sampling_rate=Decimal("0.1"),
+    delta=Decimal("0.001"),
+    epsilon=Decimal(4),
+    steps=5,
+    rounds=4,
+)
+
+
+def test_statement_grows_with_every_round_and_ends_within_the_budget():
+    spent = [build_statement(PLAN, steps=5, rounds_done=done, cohort=8).epsilon for done in range(5)]
+    assert spent[0] == 0
+    assert sorted(set(spent)) == spent
+    assert Decimal("3.9") < spent[-1] <= PLAN.epsilon
+
+
+def test_statement_names_unit_cohort_and_whom_one_must_trust():
+    statement = build_statement(PLAN, steps=5, rounds_done=1, cohort=8)
+    assert statement.unit == "sample"
+    assert statement.delta == PLAN.delta
+    assert statement.expected_cohort == 8
+    assert "offline signer" in statement.trust_model
+
+
+def test_version_that_saw_no_private_data_claims_no_cohort():
+    assert build_statement(PLAN, steps=5, rounds_done=0, cohort=8).expected_cohort == 0

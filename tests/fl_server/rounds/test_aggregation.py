@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from fl_server.rounds.aggregation import MeanFold, check_update
+
+GOOD = np.ones(4, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("received", "reason"),
+    [
+        ({}, "arrays"),
+        ({"weights": GOOD}, "arrays"),
+        ({"update": GOOD, "extra": GOOD}, "arrays"),
+        ({"update": GOOD.astype(np.float64)}, "dtype float64"),
+        ({"update": GOOD.astype(np.int32)}, "dtype int32"),
+        ({"update": GOOD[:1]}, "shape (1,)"),
+        ({"update": np.float32(1).reshape(())}, "shape ()"),
+        ({"update": GOOD.reshape(4, 1)}, "shape (4, 1)"),
+        ({"update": np.array([1, np.nan, 1, 1], np.float32)}, "NaN"),
+        ({"update": np.array([1, -np.inf, 1, 1], np.float32)}, "infinity"),
+        ({"update": np.full(4, 1e30, np.float32)}, "norm"),
+        ({"update": GOOD * 2}, "norm"),
+    ],
+)
+def test_update_that_is_not_one_small_finite_vector_is_refused_with_its_reason(received, reason):
+    outcome = check_update(received, size=4, norm_limit=3.9)
+    assert isinstance(outcome, str)
+    assert reason in outcome
+
+
+@pytest.mark.parametrize("update", [GOOD, -GOOD, np.zeros(4, np.float32)])
+def test_update_within_the_norm_limit_counts_as_it_is(update):
+    outcome = check_update({"update": update}, size=4, norm_limit=2.0)
+    assert not isinstance(outcome, str)
+    np.testing.assert_array_equal(outcome, update)
+
+
+def test_reason_for_refusal_does_not_tell_the_norm():
+    outcome = check_update({"update": GOOD * np.float32(123.456)}, size=4, norm_limit=1.0)
+    assert isinstance(outcome, str)
+    assert "246" not in outcome
+
+
+@given(st.lists(arrays(np.float32, 3, elements=st.floats(-100, 100, width=32)), min_size=1, max_size=20))
+def test_fold_is_the_mean_with_equal_weights_in_any_order(updates):
+    start = np.array([1, 2, 3], np.float32)
+    folds = [MeanFold(3), MeanFold(3)]
+    for fold, order in zip(folds, [updates, updates[::-1]], strict=True):
+        for update in order:
+            fold.add(update)
+    expected = start + np.mean(np.array(updates, np.float64), axis=0)
+    for fold in folds:
+        moved = fold.apply(start)
+        assert moved.dtype == np.float32
+        np.testing.assert_allclose(moved, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_fold_of_many_small_updates_keeps_what_float32_would_lose():
+    fold = MeanFold(1)
+    fold.add(np.array([1e8], np.float32))
+    for _ in range(999):
+        fold.add(np.array([1], np.float32))
+    assert fold.apply(np.zeros(1, np.float32))[0] == np.float32((1e8 + 999) / 1000)
+
+
+def test_fold_of_nothing_leaves_parameters_bit_identical():
+    start = np.array([0.1, -0.0, np.finfo(np.float32).tiny], np.float32)
+    assert MeanFold(3).apply(start).tobytes() == start.tobytes()

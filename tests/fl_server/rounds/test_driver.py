@@ -1,0 +1,242 @@
+"""Runs driven by the real driver over a real SuperLink, with node processes."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fl_server.rounds.flower import list_nodes, register_nodes
+from fl_server.rounds.run import build_round_dir, load_checkpoint, load_parameters, load_spec
+from tests.simulators.superlink import running_fleet, running_superlink, wait_until
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    with running_fleet(tmp_path) as fleet:
+        yield fleet
+
+
+def parameters_after(run_dir: Path, number: int) -> list[float]:
+    return load_parameters(run_dir, load_spec(run_dir).layout, number).tolist()
+
+
+def names(events) -> list[str]:
+    return [event.event for event in events]
+
+
+def test_three_devices_finish_every_round_of_a_run_and_of_the_next(fleet):
+    devices = fleet.superlink.register("a", "b", "c")
+    for device_id, behaviour in zip(devices, ("one", "two", "zero"), strict=True):
+        fleet.start_node(device_id, behaviour=behaviour)
+    for name in ("run-1", "run-2"):
+        run_dir = fleet.create_run(devices, name=name, rounds=3)
+        driver = fleet.start_driver(run_dir)
+        events = driver.run_to_end()
+        assert driver.wait() == 0
+        assert names(events) == ["joined", "round", "round", "round", "done"]
+        assert events[0].devices == ("a", "b", "c")
+        assert [event.round for event in events[1:4]] == [1, 2, 3]
+        assert all(event.accepted == ("a", "b", "c") and not event.missing for event in events[1:4])
+        np.testing.assert_allclose(parameters_after(run_dir, 3), np.full(10, 3.0), rtol=1e-6)
+        assert list(run_dir.rglob("*.f32")) == []
+
+
+def test_round_waits_for_the_word_continue_and_ends_at_stop(fleet):
+    devices = fleet.superlink.register("a")
+    fleet.start_node("a")
+    run_dir = fleet.create_run(devices, rounds=3)
+    driver = fleet.start_driver(run_dir)
+    assert driver.next_event().event == "joined"
+    assert driver.next_event().round == 1
+    driver.say("continue")
+    assert driver.next_event().round == 2
+    driver.say("stop")
+    assert driver.wait() == 0
+    assert load_checkpoint(run_dir).round == 2
+
+
+def test_driver_ends_when_the_coordinator_is_gone(fleet):
+    devices = fleet.superlink.register("a")
+    driver = fleet.start_driver(fleet.create_run(devices))
+    driver.process.stdin.close()
+    assert driver.wait() == 0
+
+
+def test_updates_that_cannot_count_are_refused_by_name_and_the_round_goes_on(fleet):
+    behaviours = {
+        "nan": "NaN",
+        "infinite": "infinity",
+        "huge": "norm",
+        "short": "shape (1,)",
+        "matrix": "shape (10, 1)",
+        "double": "float64",
+    }
+    devices = fleet.superlink.register("good", "zero", *behaviours)
+    for device_id in devices:
+        fleet.start_node(device_id, behaviour="one" if device_id == "good" else device_id, poll_s=0.5)
+    run_dir = fleet.create_run(devices, rounds=1, quorum=2)
+    events = fleet.start_driver(run_dir).run_to_end()
+    refused = {event.device: event.reason for event in events if event.event == "update_refused"}
+    assert refused.keys() == behaviours.keys()
+    for device_id, words in behaviours.items():
+        assert words in refused[device_id]
+    completed = events[-2]
+    assert completed.accepted == ("good", "zero")
+    assert set(completed.missing) == set(behaviours)
+    assert parameters_after(run_dir, 1) == [0.5] * 10
+
+
+def test_device_that_answers_nothing_or_fails_only_costs_the_deadline(fleet):
+    devices = fleet.superlink.register("good", "silent", "raise")
+    nodes = {name: fleet.start_node(name, behaviour="one" if name == "good" else name) for name in devices}
+    run_dir = fleet.create_run(devices, rounds=1, quorum=1, deadline_s=5)
+    events = fleet.start_driver(run_dir).run_to_end()
+    assert names(events) == ["joined", "round", "done"]
+    assert events[1].accepted == ("good",)
+    assert events[1].missing == ("raise", "silent")
+    assert events[1].seconds >= 5
+    assert parameters_after(run_dir, 1) == [1.0] * 10
+    log = nodes["raise"].log_path.read_text()
+    assert "RuntimeError" in log
+    assert "0.1234" not in log
+
+
+def test_round_without_quorum_is_abandoned_with_parameters_bit_identical(fleet):
+    devices = fleet.superlink.register("good", "silent")
+    for name in devices:
+        fleet.start_node(name, behaviour="one" if name == "good" else name)
+    run_dir = fleet.create_run(devices, rounds=2, quorum=2, deadline_s=1)
+    before = (build_round_dir(run_dir, 0) / "parameters.safetensors").read_bytes()
+    driver = fleet.start_driver(run_dir)
+    events = driver.run_to_end()
+    assert driver.wait() == 1
+    assert names(events) == ["joined"] + ["abandoned"] * 4
+    assert "quorum is 2" in events[-1].reason
+    assert load_checkpoint(run_dir) is None
+    assert (build_round_dir(run_dir, 0) / "parameters.safetensors").read_bytes() == before
+    assert not (build_round_dir(run_dir, 1) / "parameters.safetensors").exists()
+
+
+def test_run_begins_with_a_quorum_when_the_others_do_not_come(fleet):
+    devices = fleet.superlink.register("a", "absent")
+    fleet.start_node("a")
+    run_dir = fleet.create_run(devices, rounds=1, quorum=1, join_timeout_s=5)
+    events = fleet.start_driver(run_dir).run_to_end()
+    assert events[0].devices == ("a",)
+    assert events[1].missing == ("absent",)
+
+
+def test_run_without_a_quorum_of_devices_ends_in_words(fleet):
+    devices = fleet.superlink.register("absent")
+    driver = fleet.start_driver(fleet.create_run(devices, join_timeout_s=1))
+    events = driver.run_to_end()
+    assert driver.wait() == 1
+    assert names(events) == ["abandoned"]
+    assert "0 of 1 devices are online" in events[0].reason
+
+
+def test_device_killed_in_a_round_is_missed_and_rejoins_at_once(fleet):
+    devices = fleet.superlink.register("a", "b")
+    fleet.start_node("a")
+    victim = fleet.start_node("b", behaviour="held")
+    run_dir = fleet.create_run(devices, rounds=2, quorum=1, deadline_s=6)
+    driver = fleet.start_driver(run_dir)
+    assert victim.next_line() == b"joined\n"
+    assert victim.next_line() == b"holding 1\n"
+    victim.kill()
+    again = fleet.start_node("b")
+    assert again.next_line(timeout_s=20) == b"joined\n"
+    events = driver.run_to_end()
+    completed = [event for event in events if event.event == "round"]
+    assert completed[0].missing == ("b",)
+    assert completed[1].accepted == ("a", "b")
+
+
+def test_driver_killed_in_a_round_resumes_it_and_counts_every_update_once(fleet):
+    devices = fleet.superlink.register("a", "b", "late")
+    quick = [
+        fleet.start_node(name, behaviour=name_to_behaviour) for name, name_to_behaviour in (("a", "one"), ("b", "two"))
+    ]
+    late = fleet.start_node("late", behaviour="held")
+    run_dir = fleet.create_run(devices, rounds=2, deadline_s=60)
+    driver = fleet.start_driver(run_dir)
+    updates = build_round_dir(run_dir, 1) / "updates"
+    wait_until(lambda: len(list(updates.glob("[!.]*.f32"))) == 2, what="two updates on disk")
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    fleet.release("late")
+    again = fleet.start_driver(run_dir)
+    events = again.run_to_end()
+    assert again.wait() == 0
+    assert names(events) == ["joined", "round", "round", "done"]
+    assert [event.accepted for event in events[1:3]] == [("a", "b", "late")] * 2
+    np.testing.assert_allclose(parameters_after(run_dir, 1), np.full(10, 4 / 3), rtol=1e-6)
+    np.testing.assert_allclose(parameters_after(run_dir, 2), np.full(10, 8 / 3), rtol=1e-6)
+    for node in quick:
+        assert node.lines.count(b"answered 1\n") == 1
+    assert b"answered 1\n" in late.lines
+
+
+def test_last_completed_round_is_told_again_after_a_restart(fleet):
+    devices = fleet.superlink.register("a")
+    fleet.start_node("a")
+    run_dir = fleet.create_run(devices, rounds=2)
+    driver = fleet.start_driver(run_dir)
+    driver.next_event()
+    told = driver.next_event()
+    driver.kill()
+    again = fleet.start_driver(run_dir)
+    assert again.next_event() == told
+    again.say("continue")
+    assert again.next_event().event == "joined"
+    assert again.next_event().round == 2
+
+
+def test_superlink_killed_in_a_round_and_restarted_lets_the_same_driver_finish(fleet):
+    devices = fleet.superlink.register("a", "late")
+    nodes = [fleet.start_node("a"), fleet.start_node("late", behaviour="held")]
+    run_dir = fleet.create_run(devices, rounds=2, deadline_s=60, join_timeout_s=60)
+    driver = fleet.start_driver(run_dir)
+    updates = build_round_dir(run_dir, 1) / "updates"
+    wait_until(lambda: len(list(updates.glob("[!.]*.f32"))) == 1, what="an update on disk")
+    fleet.superlink.kill()
+    fleet.release("late")
+    fleet.superlink.start()
+    events = driver.run_to_end(timeout_s=120)
+    assert driver.wait() == 0
+    completed = [event for event in events if event.event == "round"]
+    assert [event.accepted for event in completed] == [("a", "late")] * 2
+    assert parameters_after(run_dir, 2) == [2.0] * 10
+    assert all(node.process.poll() is None for node in nodes)
+
+
+def test_driver_gives_up_when_the_superlink_stays_away(fleet):
+    devices = fleet.superlink.register("a")
+    run_dir = fleet.create_run(devices, join_timeout_s=1)
+    fleet.superlink.kill()
+    driver = fleet.start_driver(run_dir)
+    assert driver.run_to_end() == []
+    assert driver.wait() == 1
+    assert "no run could be opened" in driver.log_path.read_text().splitlines()[-1]
+
+
+def test_two_drivers_do_not_claim_each_others_run(fleet):
+    devices = fleet.superlink.register("a", "b")
+    for name in devices:
+        fleet.start_node(name)
+    run_dirs = [fleet.create_run({name: devices[name]}, name=f"run-{name}", rounds=1) for name in devices]
+    drivers = [fleet.start_driver(run_dir) for run_dir in run_dirs]
+    for driver in drivers:
+        assert names(driver.run_to_end()) == ["joined", "round", "done"]
+
+
+def test_registering_again_gives_the_same_node_ids(tmp_path):
+    with running_superlink(tmp_path / "superlink") as superlink:
+        keys = {name: superlink.create_key(name) for name in ("a", "b")}
+        first = register_nodes(superlink.address, superlink.ca_path, {"a": keys["a"]})
+        both = register_nodes(superlink.address, superlink.ca_path, keys)
+        assert both["a"] == first["a"]
+        assert register_nodes(superlink.address, superlink.ca_path, keys) == both
+        assert set(list_nodes(superlink.address, superlink.ca_path).values()) == set(both.values())

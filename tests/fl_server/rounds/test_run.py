@@ -1,0 +1,124 @@
+from decimal import Decimal
+
+import numpy as np
+import pytest
+
+from fl_server.errors import RunError
+from fl_server.rounds.run import (
+    CHECKPOINT_NAME,
+    PARAMETERS_NAME,
+    RunSpec,
+    build_round_dir,
+    create_run,
+    load_checkpoint,
+    load_parameters,
+    load_spec,
+    save_checkpoint,
+)
+from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
+from models.tensors.layout import Layout
+
+LAYOUT = Layout(names=("bias", "weight"), shapes=((2,), (2, 3)))
+START = np.arange(8, dtype=np.float32)
+
+
+def build_spec(**changes):
+    values = {
+        "fleet": "demo",
+        "model": "digits",
+        "run": "run-1",
+        "graph_digest": "a" * 64,
+        "layout": LAYOUT,
+        "privacy": PrivacyPlan(
+            unit=Unit.SAMPLE,
+            clipping_norm=Decimal(1),
+            noise_multiplier=Decimal("1.2345"),
+            sampling_rate=Decimal("0.1"),
+            delta=Decimal("0.001"),
+            epsilon=Decimal(8),
+        ),
+        "training": TrainingPlan(rounds=3, steps=2, expected_batch=Decimal(8), learning_rate=Decimal("0.1")),
+        "devices": {"device-1": 17319305305751902474, "device-2": 2},
+        "quorum": 1,
+        "deadline_s": 60.0,
+        "join_timeout_s": 30.0,
+        "superlink": "127.0.0.1:9092",
+        "ca_path": "/ca.pem",
+        "superexec_secret_path": "/secret",
+        "order_key_path": "/orders.pem",
+        "update_norm_limit": Decimal("12.5"),
+    }
+    return RunSpec(**{**values, **changes})
+
+
+def save_round(run_dir, number, parameters):
+    return save_checkpoint(
+        run_dir, LAYOUT, parameters, number=number, accepted=("device-1",), missing=("device-2",), seconds=0.5
+    )
+
+
+def test_run_reads_back_as_it_was_created(tmp_path):
+    create_run(tmp_path / "run", build_spec(), START)
+    assert load_spec(tmp_path / "run") == build_spec()
+    np.testing.assert_array_equal(load_parameters(tmp_path / "run", LAYOUT, 0), START)
+    assert load_checkpoint(tmp_path / "run") is None
+
+
+def test_newest_completed_round_is_found_again(tmp_path):
+    create_run(tmp_path, build_spec(), START)
+    for number in (1, 2, 10_001):
+        checkpoint = save_round(tmp_path, number, START + number)
+        assert load_checkpoint(tmp_path) == checkpoint
+        np.testing.assert_array_equal(load_parameters(tmp_path, LAYOUT, number), START + number)
+
+
+@pytest.mark.parametrize("damage", ["parameters lost", "parameters altered", "no checkpoint", "checkpoint torn"])
+def test_round_that_was_not_written_to_its_end_has_not_happened(tmp_path, damage):
+    create_run(tmp_path, build_spec(), START)
+    save_round(tmp_path, 1, START + 1)
+    save_round(tmp_path, 2, START + 2)
+    directory = build_round_dir(tmp_path, 2)
+    match damage:
+        case "parameters lost":
+            (directory / PARAMETERS_NAME).unlink()
+        case "parameters altered":
+            data = bytearray((directory / PARAMETERS_NAME).read_bytes())
+            data[-1] ^= 1
+            (directory / PARAMETERS_NAME).write_bytes(data)
+        case "no checkpoint":
+            (directory / CHECKPOINT_NAME).unlink()
+        case "checkpoint torn":
+            (directory / CHECKPOINT_NAME).write_bytes(b'{"round": 2, "para')
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.round == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quorum": 0},
+        {"quorum": 3},
+        {"devices": {}},
+        {"devices": {"a/b": 1}},
+        {"deadline_s": 0.0},
+        {"update_norm_limit": Decimal("NaN")},
+        {"update_norm_limit": Decimal(0)},
+        {"graph_digest": "x"},
+    ],
+)
+def test_run_that_cannot_be_is_refused(changes):
+    with pytest.raises(ValueError, match=r"."):
+        build_spec(**changes)
+
+
+def test_unreadable_run_says_which_file(tmp_path):
+    with pytest.raises(RunError, match=r"run\.json"):
+        load_spec(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(RunError, match=r"run\.json"):
+        load_spec(tmp_path)
+    (tmp_path / "rounds" / "0000").mkdir(parents=True)
+    (tmp_path / "rounds" / "0000" / PARAMETERS_NAME).write_bytes(b"junk")
+    with pytest.raises(RunError, match="safetensors"):
+        load_parameters(tmp_path, LAYOUT, 0)
