@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 
 import msgspec
 
-from edge_agent.errors import RequestError
+from edge_agent.errors import AgentError, RequestError
 from edge_agent.http import oip
 from edge_agent.http.oip import Array
 from edge_agent.http.samples import parse_samples
@@ -91,8 +91,9 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             answer = await self._answer(scope, receive)
-        except RequestError as error:
-            answer = _Answer(_build_json({"error": str(error)}), status=error.status, headers=_build_headers(error))
+        except AgentError as error:
+            status = error.status if isinstance(error, RequestError) else 503
+            answer = _Answer(_build_json({"error": str(error)}), status=status, headers=_build_headers(error))
         headers = [
             (b"content-type", answer.content_type),
             (b"content-length", b"%d" % len(answer.body)),
@@ -254,10 +255,10 @@ class _MethodError(RequestError):
         self.expected = expected
 
 
-def _build_headers(error: RequestError) -> tuple[tuple[bytes, bytes], ...]:
+def _build_headers(error: AgentError) -> tuple[tuple[bytes, bytes], ...]:
     if isinstance(error, _MethodError):
         return ((b"allow", error.expected.encode()),)
-    if error.status == 408:
+    if isinstance(error, RequestError) and error.status == 408:
         return ((b"connection", b"close"),)  # the rest of the body must not be taken for the next request
     return ()
 

@@ -76,7 +76,6 @@ class Link:
         build_will: Callable[[], Publication],
         on_message: Callable[[str, bytes], None],
         on_connected: Callable[[], None],
-        on_disconnected: Callable[[str], None],
     ) -> None:
         """Prepare the link.
 
@@ -85,7 +84,6 @@ class Link:
             build_will: Asked before each connection: what the broker says when this device is gone.
             on_message: Called with topic and payload of what the subscriptions bring; must not block.
             on_connected: Called when the broker has accepted.
-            on_disconnected: Called with the reason when an accepted connection is over.
         """
         self.connected = False
         self.dropped = 0
@@ -93,7 +91,6 @@ class Link:
         self._build_will = build_will
         self._on_message = on_message
         self._on_connected = on_connected
-        self._on_disconnected = on_disconnected
         self._client: _Client | None = None
         self._reads: dict[str, list[asyncio.Future[bytes]]] = {}
 
@@ -153,8 +150,6 @@ class Link:
             was_accepted, self.connected, self._client = self.connected, False, None
             client.disconnect(reasoncode=ReasonCode(PacketTypes.DISCONNECT, "Disconnect with will message"))
         log.warning("broker %s:%d: connection is over: %s", self._broker.host, self._broker.port, reason)
-        if was_accepted:
-            self._on_disconnected(reason)
         return was_accepted
 
     def accept(self) -> None:

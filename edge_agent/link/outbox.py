@@ -44,9 +44,16 @@ class Outbox:
         except sqlite3.Error:  # they are sent again, and a reader de-duplicates by id
             return
 
-    def pending(self) -> list[bytes]:
-        """Return what waits, oldest first."""
-        return [payload for (payload,) in self._connection.execute("SELECT payload FROM events ORDER BY position")]
+    def load_pending(self, limit: int = -1) -> list[bytes]:
+        """Return what waits, oldest first; all of it if `limit` is negative."""
+        try:
+            rows = self._connection.execute("SELECT payload FROM events ORDER BY position LIMIT ?", (limit,)).fetchall()
+        except sqlite3.Error:
+            return []
+        return [payload for (payload,) in rows]
+
+    def count(self) -> int:
+        return int(self._connection.execute("SELECT count(*) FROM events").fetchone()[0])
 
     def close(self) -> None:
         self._connection.close()

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 from asyncio.subprocess import PIPE, Process
@@ -13,8 +12,6 @@ from edge_agent.errors import StalledError
 
 LINE_MAX_BYTES = 64 * 1024  # an event has a few hundred bytes
 _END_TIMEOUT_S = 5.0  # between SIGTERM and SIGKILL
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)  # loaded here: nothing may be loaded between fork and exec
 
 
 class Supervisor:
@@ -80,9 +77,9 @@ class Supervisor:
             stdout=PIPE,
             limit=LINE_MAX_BYTES,
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            preexec_fn=_become_expendable,
         )
         try:
+            _make_expendable(process)
             await _feed(process, job)
             while line := await _read_line(process):
                 self._on_line(run, line)
@@ -125,9 +122,7 @@ def _describe(code: int) -> str | None:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _become_expendable() -> None:
-    """In the child: die with the agent, leave it the processor, and be the first to go when memory runs out."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.nice(10)
+def _make_expendable(process: Process) -> None:
+    """Let the process be the first to go when memory runs out."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+        Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000", encoding="ascii")

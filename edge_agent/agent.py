@@ -1,0 +1,307 @@
+"""The control loop of a device: a list of steps that wires the parts.
+
+Each step needs only those before it, and serving only the first two: broker, coordinator, training and
+disk may fail, and the model still answers.
+"""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from edge_agent.config import AgentSettings
+from edge_agent.errors import AgentError, RequestError, StalledError
+from edge_agent.http.app import App, Device
+from edge_agent.http.server import HttpServer, bind_sockets
+from edge_agent.inference.backend import Array
+from edge_agent.inference.engine import Engine, load_model
+from edge_agent.link.mqtt import Broker, Link
+from edge_agent.monitor.latency import LatencyHistogram
+from edge_agent.monitor.telemetry import build_metrics, read_rss_mb
+from edge_agent.owner import OwnerStatus, load_privacy_report
+from edge_agent.reporter import Reporter
+from edge_agent.samples.store import SampleStore, open_samples
+from edge_agent.updates.installer import Updater, UpdaterSettings
+from edge_agent.wake import TrainingDesk
+from models.contract.encoding import parse_json
+from models.contract.errors import MalformedError
+from models.contract.manifest import ModelManifest
+from models.contract.messages import MESSAGE_MAX_BYTES, Ack, EventKind
+from models.contract.settings import SettingsError
+from models.contract.topics import Channel, build_device_topic, build_offer_topic
+
+log = logging.getLogger(__name__)
+
+TASKS_MAX = 8  # messages being worked on at once; the coordinator sends a few an hour
+
+
+def run_agent(settings: AgentSettings) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        SettingsError: Something the settings name cannot be had; nothing was started.
+        AgentError: The agent cannot go on.
+    """
+    try:
+        root = settings.tuf_root_path.read_bytes()
+        settings.state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{error.filename}: {error.strerror}") from error
+    sockets = bind_sockets(settings.http.host, settings.http.port, settings.uds_path)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(Agent(settings, root, sockets).run())
+
+
+def find_agent_version() -> str:
+    """Return the version of the installed distribution."""
+    try:
+        return importlib.metadata.version("edge-fl")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
+class Agent:
+    """One device; `run` is its life."""
+
+    def __init__(self, settings: AgentSettings, root: bytes, sockets: Sequence[socket.socket]) -> None:
+        self._settings = settings
+        self._sockets = sockets
+        self._version = find_agent_version()
+        self._engine = Engine()
+        self._latencies = LatencyHistogram()
+        self._failures = 0
+        self._store: SampleStore | None = None
+        self._store_lock = threading.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._offer_topic = build_offer_topic(settings.fleet)
+        self._command_topic = build_device_topic(settings.fleet, settings.device_id, Channel.COMMAND)
+        self._ack_topic = build_device_topic(settings.fleet, settings.device_id, Channel.ACK)
+        self._link = Link(
+            self._describe_broker(),
+            build_will=lambda: self._reporter.build_status(online=False),
+            on_message=self._take_message,
+            on_connected=lambda: self._reporter.greet(),  # noqa: PLW0108 - it is made below
+        )
+        self._updater = Updater(
+            self._describe_updates(root),
+            reader=self._link,
+            try_version=self._try_version,
+            on_event=lambda kind, message, version: self._reporter.tell(kind, message, version=version),
+        )
+        self._reporter = Reporter(
+            settings, self._version, link=self._link, updater=self._updater, latencies=self._latencies
+        )
+        self._training = TrainingDesk(settings, updater=self._updater, reporter=self._reporter)
+
+    async def run(self) -> None:
+        """Go through the steps, wait for a signal, and undo them in turn."""
+        stopped = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+        steps = (
+            ("outbox", self._keep_outbox),
+            ("model", self._load_active),
+            ("http", self._start_http),
+            ("link", self._start_link),
+            ("updates", self._start_updates),
+            ("training", self._prepare_training),
+            ("telemetry", self._start_telemetry),
+        )
+        async with contextlib.AsyncExitStack() as stack:
+            for name, step in steps:
+                log.debug("step %s", name)
+                await step(stack)
+            log.info("%s serves on %s:%d", self._settings.device_id, self._settings.http.host, self._settings.http.port)
+            await stopped.wait()
+            log.info("stopping")
+
+    # Steps
+
+    async def _keep_outbox(self, stack: contextlib.AsyncExitStack) -> None:
+        stack.callback(self._reporter.close)
+        stack.callback(self._close_store)
+
+    async def _load_active(self, _stack: contextlib.AsyncExitStack) -> None:
+        version = self._updater.current()
+        if version is None:
+            return
+        try:
+            self._try_version(version.directory, version.manifest)
+        except AgentError as error:
+            self._reporter.tell(
+                EventKind.FAILED, f"the active version does not load: {error}", version=version.manifest.version
+            )
+
+    async def _start_http(self, stack: contextlib.AsyncExitStack) -> None:
+        app = App(self._describe_device(), uds_path=self._settings.uds_path, host=self._settings.http.host)
+        server = HttpServer(app, self._sockets)
+        serving = asyncio.create_task(server.serve())
+
+        async def drain() -> None:
+            server.stop()
+            await serving
+
+        stack.push_async_callback(drain)
+        await server.wait_listening()
+
+    async def _start_link(self, stack: contextlib.AsyncExitStack) -> None:
+        _start_task(stack, self._link.run())
+
+    async def _start_updates(self, stack: contextlib.AsyncExitStack) -> None:
+        stack.push_async_callback(self._updater.close)
+        _start_task(stack, self._updater.start())
+
+    async def _prepare_training(self, stack: contextlib.AsyncExitStack) -> None:
+        stack.push_async_callback(self._training.stop)
+
+    async def _start_telemetry(self, stack: contextlib.AsyncExitStack) -> None:
+        _start_task(stack, self._reporter.send_telemetry())
+
+    # What the broker brings
+
+    def _take_message(self, topic: str, payload: bytes) -> None:
+        if topic == self._offer_topic:
+            self._work(self._updater.handle_offer(payload))
+        elif topic == self._command_topic:
+            self._work(self._training.handle_command(payload))
+        elif topic == self._ack_topic:
+            self._take_ack(payload)
+        else:
+            self._reporter.ignored += 1
+
+    def _take_ack(self, payload: bytes) -> None:
+        try:
+            self._reporter.take_ack(parse_json(payload, Ack, max_bytes=MESSAGE_MAX_BYTES))
+        except MalformedError:
+            self._reporter.ignored += 1
+
+    # What the parts ask of each other
+
+    def _try_version(self, directory: Path, manifest: ModelManifest) -> None:
+        self._engine.activate(load_model(directory, manifest))
+
+    def _add_samples(self, samples: Sequence[tuple[Array, Array]]) -> list[int]:
+        try:
+            return self._open_store().add(samples)
+        except StalledError as error:
+            raise RequestError(str(error), status=507) from error
+
+    def _open_store(self) -> SampleStore:
+        with self._store_lock:
+            if self._store is None:  # on the first sample: a disk that is full then must not keep a model from serving
+                self._store = open_samples(self._settings.samples_path)
+            return self._store
+
+    def _close_store(self) -> None:
+        if self._store is not None:
+            self._store.close()
+
+    def _build_owner_status(self) -> OwnerStatus:
+        settings, current, model = self._settings, self._updater.current(), self._engine.active
+        return OwnerStatus(
+            device_id=settings.device_id,
+            fleet=settings.fleet,
+            agent=self._version,
+            model=settings.model,
+            version=model.manifest.version if model else None,
+            slot=current.slot if current else None,
+            ready=model is not None,
+            update=self._updater.phase,
+            connected=self._link.connected,
+            training=self._training.run,
+            samples=self._open_store().count(),
+            unsent_events=self._reporter.count_unsent(),
+            ignored_messages=self._reporter.ignored,
+            dropped_messages=self._reporter.count_dropped(),
+            uptime_s=round(self._reporter.uptime_s, 1),
+            rss_mb=round(read_rss_mb(), 1),
+        )
+
+    def _build_metrics(self) -> str:
+        model = self._engine.active
+        return build_metrics(
+            latencies=self._latencies.snapshot(),
+            sum_s=self._latencies.sum_s,
+            failures=self._failures,
+            rss_mb=read_rss_mb(),
+            manifest=model.manifest if model else None,
+        )
+
+    def _count_failure(self) -> None:
+        self._failures += 1
+
+    def _describe_device(self) -> Device:
+        return Device(
+            agent_version=self._version,
+            get_model=lambda: self._engine.active,
+            add_samples=self._add_samples,
+            get_status=self._build_owner_status,
+            get_privacy=lambda: load_privacy_report(self._settings),
+            get_metrics=self._build_metrics,
+            record_latency=self._latencies.record,
+            record_failure=self._count_failure,
+        )
+
+    def _describe_broker(self) -> Broker:
+        settings = self._settings
+        return Broker(
+            host=settings.broker.host,
+            port=settings.broker.port,
+            client_id=settings.device_id,
+            keepalive_s=settings.broker.keepalive_s,
+            subscriptions=(self._offer_topic, self._command_topic, self._ack_topic),
+        )
+
+    def _describe_updates(self, root: bytes) -> UpdaterSettings:
+        settings = self._settings
+        return UpdaterSettings(
+            fleet=settings.fleet,
+            model=settings.model,
+            state_dir=settings.state_dir,
+            root=root,
+            trains=settings.federation is not None,
+            deadline_s=settings.updates.deadline_s,
+            window=settings.updates.window,
+        )
+
+    # Tasks
+
+    def _work(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Do what a message asks for, beside what is under way."""
+        if len(self._tasks) >= TASKS_MAX:
+            coroutine.close()
+            self._reporter.ignored += 1
+            return
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._end_work)
+
+    def _end_work(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a message of the broker could not be handled", exc_info=task.exception())
+
+
+def _start_task(stack: contextlib.AsyncExitStack, coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run `coroutine` beside the steps until the stack is undone; its failure is logged and serving goes on."""
+    task = asyncio.create_task(coroutine)
+    task.add_done_callback(_log_failure)
+
+    async def end() -> None:
+        task.cancel()
+        await asyncio.wait({task})
+
+    stack.push_async_callback(end)
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("a part of the agent has failed", exc_info=task.exception())

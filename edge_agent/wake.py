@@ -1,0 +1,108 @@
+"""From a wake command to a training process, and from what that process says to events."""
+
+import asyncio
+import sys
+import time
+
+from edge_agent.config import AgentSettings
+from edge_agent.errors import StalledError
+from edge_agent.link.commands import CommandGate
+from edge_agent.reporter import Reporter
+from edge_agent.training.job import TrainingJob, build_job, parse_event
+from edge_agent.training.supervisor import Supervisor
+from edge_agent.updates.installer import Updater
+from models.contract.envelope import WakeCommand
+from models.contract.errors import EnvelopeError, MalformedError
+from models.contract.messages import EventKind
+
+TRAINER_COMMAND = (sys.executable, "-m", "edge_agent.trainer")
+_EVENTS = {
+    "joined": EventKind.TRAINING_STARTED,
+    "refused": EventKind.TRAINING_REFUSED,
+    "order_refused": EventKind.ORDER_REFUSED,
+    "ended": EventKind.TRAINING_ENDED,
+}
+
+
+class TrainingDesk:
+    """Decides on commands one after the other and keeps at most one training process."""
+
+    def __init__(self, settings: AgentSettings, *, updater: Updater, reporter: Reporter) -> None:
+        self._settings = settings
+        self._updater = updater
+        self._reporter = reporter
+        self._lock = asyncio.Lock()
+        self._gate = CommandGate(
+            settings.state_dir / "sequence.json",
+            key_path=updater.coordinator_key_path,
+            fleet=settings.fleet,
+            device_id=settings.device_id,
+        )
+        self._supervisor = Supervisor(TRAINER_COMMAND, on_line=self._take_line, on_exit=self._note_exit)
+
+    @property
+    def run(self) -> str | None:
+        """The run that has a training process now."""
+        return self._supervisor.run
+
+    async def handle_command(self, payload: bytes) -> None:
+        """Act on a command of the coordinator, or say why not; what is no command at all is ignored."""
+        async with self._lock:
+            try:
+                command = await asyncio.to_thread(self._gate.accept, payload, now_s=time.time())
+            except MalformedError:
+                self._reporter.ignored += 1
+                return
+            except (EnvelopeError, StalledError) as error:
+                self._reporter.tell(EventKind.ORDER_REFUSED, str(error))
+                return
+            try:
+                job = self._build_job(command)
+            except StalledError as error:
+                self._reporter.tell(EventKind.TRAINING_REFUSED, str(error), run=command.run)
+                return
+            await self._supervisor.start(command.run, build_job(job))
+
+    async def stop(self) -> None:
+        """End the training process, if there is one."""
+        await self._supervisor.stop()
+
+    def _build_job(self, command: WakeCommand) -> TrainingJob:
+        settings, federation, version = self._settings, self._settings.federation, self._updater.current()
+        if federation is None:
+            raise StalledError("this device only serves: its configuration has no [federation]")
+        if command.model != settings.model:
+            raise StalledError(f"this device trains {settings.model!r}, not {command.model!r}")
+        if version is None or version.manifest.training is None:
+            raise StalledError("this device has no version that can be trained")
+        return TrainingJob(
+            device_id=settings.device_id,
+            fleet=settings.fleet,
+            model=settings.model,
+            run=command.run,
+            graph_dir=str(version.directory),
+            coordinator_key_pem=self._updater.coordinator_key_path.read_text(encoding="ascii"),
+            superlink=federation.superlink,
+            ca_path=str(federation.ca_path),
+            node_key_path=str(federation.node_key_path),
+            samples_path=str(settings.samples_path),
+            training_dir=str(settings.training_dir),
+            poll_interval_s=command.poll_interval_ms / 1000,
+            idle_timeout_s=command.idle_timeout_s,
+            epsilon_limit=settings.privacy.epsilon_limit,
+            delta=settings.privacy.delta,
+            noise_multiplier_limit=settings.privacy.noise_multiplier_limit,
+        )
+
+    def _take_line(self, run: str, line: bytes) -> None:
+        try:
+            event = parse_event(line)
+        except MalformedError:
+            self._reporter.ignored += 1
+            return
+        if kind := _EVENTS.get(event.event):
+            self._reporter.tell(kind, event.message, run=run, round_number=event.round)
+
+    def _note_exit(self, run: str, problem: str | None) -> None:
+        if problem is not None:
+            self._reporter.tell(EventKind.TRAINING_ENDED, f"the training process {problem}", run=run)
