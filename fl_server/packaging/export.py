@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from safetensors.numpy import save_file
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fl_server.errors import DefinitionError, ServerError, UsageError
@@ -27,7 +30,14 @@ from fl_server.packaging.architecture import (
     save_architecture_document,
 )
 from fl_server.packaging.decompositions import DECOMPOSITIONS
-from fl_server.packaging.graphs import build_with_parameters, compact_constants, load_graph, save_graph, strip_metadata
+from fl_server.packaging.graphs import (
+    bind_inputs,
+    build_with_parameters,
+    compact_constants,
+    load_graph,
+    save_graph,
+    strip_metadata,
+)
 from fl_server.packaging.losses import SampleLosses, build_sample_losses, build_target_spec
 from fl_server.packaging.training_step import Step, build_evaluation, build_training_step, check_step, find_layers
 from models.contract.files import sync_directory
@@ -54,6 +64,19 @@ class _Source:
     @property
     def parameters(self) -> dict[str, Tensor]:
         return {name: value.detach() for name, value in self.module.named_parameters()}
+
+
+class _Functional(nn.Module):
+    """The module with its parameters as arguments."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = module
+        self._names = [name for name, _ in module.named_parameters()]
+
+    def forward(self, x: Tensor, *values: Tensor) -> Tensor:
+        output: Tensor = functional_call(self._module, dict(zip(self._names, values, strict=True)), (x,))
+        return output
 
 
 def export_architecture(definition: ModelDefinition, directory: Path, *, seed: int = 0) -> Architecture:
@@ -171,21 +194,11 @@ def _export_traced(step: Step, feeds: dict[str, Tensor], output_names: list[str]
     try:
         traced = make_fx(step, decomposition_table=DECOMPOSITIONS)(*values)
         exported = torch.export.export(traced, values, strict=False)
-        program = torch.onnx.export(
-            exported,
-            input_names=list(feeds),
-            output_names=output_names,
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
+        graph = _build_graph(exported, list(feeds), output_names)
     except ServerError:
         raise
     except Exception as error:  # the exporter raises whatever its many parts raise
         raise DefinitionError(f"{path.name} cannot be exported: {_say(error)}") from error
-    assert program is not None
-    graph = program.model_proto
-    strip_metadata(graph)
     compact_constants(graph)
     del graph.graph.value_info[:]  # shapes that a runtime infers
     save_graph(graph, path)
@@ -193,25 +206,32 @@ def _export_traced(step: Step, feeds: dict[str, Tensor], output_names: list[str]
 
 
 def _export_float(source: _Source, path: Path) -> None:
-    definition = source.definition
+    definition, parameters = source.definition, source.parameters
+    feeds = (source.x[:2], *parameters.values())
+    dynamic = ({0: torch.export.Dim("batch")}, (None,) * len(parameters))
     try:
-        program = torch.onnx.export(
-            source.module,
-            (source.x[:2],),
-            input_names=[definition.inputs[0].name],
-            output_names=[definition.outputs[0].name],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
+        exported = torch.export.export(_Functional(source.module), feeds, dynamic_shapes=dynamic, strict=False)
+        graph = _build_graph(exported, [definition.inputs[0].name, *parameters], [definition.outputs[0].name])
     except Exception as error:  # as above
-        raise DefinitionError(f"{path.name} cannot be exported with any batch: {_say(error)}") from error
+        raise DefinitionError(f"{path.name} cannot be exported for any batch: {_say(error)}") from error
+    bind_inputs(graph, {name: value.numpy() for name, value in parameters.items()})
+    save_graph(graph, path)
+    _check_parameters_are_replaceable(source, path)
+
+
+def _build_graph(exported: ExportedProgram, input_names: list[str], output_names: list[str]) -> onnx.ModelProto:
+    program = torch.onnx.export(
+        exported,
+        input_names=input_names,
+        output_names=output_names,
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
     assert program is not None
     graph = program.model_proto
     strip_metadata(graph)
-    save_graph(graph, path)
-    _check_parameters_are_replaceable(source, path)
+    return graph
 
 
 def _check_parameters_are_replaceable(source: _Source, path: Path) -> None:
@@ -222,7 +242,7 @@ def _check_parameters_are_replaceable(source: _Source, path: Path) -> None:
         arrays = {name: value.numpy() for name, value in others.items()}
         save_graph(build_with_parameters(load_graph(path), arrays), changed_path)
         with torch.no_grad():
-            expected = torch.func.functional_call(source.module, others, (source.x,))
+            expected = functional_call(source.module, others, (source.x,))
         _check_same(changed_path, {source.definition.inputs[0].name: source.x.numpy()}, (expected,))
     finally:
         changed_path.unlink(missing_ok=True)

@@ -43,6 +43,36 @@ def build_with_parameters(graph: onnx.ModelProto, parameters: Mapping[str, npt.N
     return changed
 
 
+def bind_inputs(graph: onnx.ModelProto, parameters: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    """Turn the inputs that `parameters` name into initializers.
+
+    Parameters are exported as inputs because the exporter folds, transposes and merges what it knows to be
+    constant: two biases of zeros became one.
+    """
+    inputs = [value for value in graph.graph.input if value.name not in parameters]
+    del graph.graph.input[:]
+    graph.graph.input.extend(inputs)
+    graph.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in parameters.items())
+
+
+def fold_transposes(graph: onnx.ModelProto) -> None:
+    """Transpose initializers once and for all; quantization sees weights only where they are initializers."""
+    initializers = {initializer.name: initializer for initializer in graph.graph.initializer}
+    kept = []
+    for node in graph.graph.node:
+        if node.op_type != "Transpose" or node.input[0] not in initializers:
+            kept.append(node)
+            continue
+        permutation = next((list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"), None)
+        array = numpy_helper.to_array(initializers[node.input[0]]).transpose(permutation)
+        graph.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), node.output[0]))
+    used = {name for node in kept for name in node.input}
+    remaining = [initializer for initializer in graph.graph.initializer if initializer.name in used]
+    del graph.graph.initializer[:], graph.graph.node[:]
+    graph.graph.initializer.extend(remaining)
+    graph.graph.node.extend(kept)
+
+
 def compact_constants(graph: onnx.ModelProto) -> None:
     """Replace each large initializer of one repeated value by a node that fills it in, for graphs that travel."""
     kept, nodes, shapes = [], [], []

@@ -17,7 +17,7 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from fl_server.packaging.architecture import Quantization
-from fl_server.packaging.graphs import load_graph, save_graph
+from fl_server.packaging.graphs import fold_transposes, load_graph, save_graph
 
 _CALIBRATION_ROWS = 64  # in one run: bounds the memory that calibration takes
 
@@ -37,6 +37,7 @@ def quantize(graph: onnx.ModelProto, calibration: npt.NDArray[Any], quantization
         float_path, int8_path = Path(scratch, "float.onnx"), Path(scratch, "int8.onnx")
         optimized = onnx.ModelProto()
         optimized.CopyFrom(graph)
+        fold_transposes(optimized)
         add_pre_process_metadata(optimized)  # the exporter did what onnxruntime would ask for on the root logger
         save_graph(optimized, float_path)
         if quantization == "dynamic":
