@@ -1,0 +1,166 @@
+import os
+import signal
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from edge_agent.samples.store import open_samples
+from edge_agent.trainer import LEDGER_NAME
+from edge_agent.training.job import build_job, parse_event
+from edge_agent.training.ledger import open_ledger
+from fl_server.rounds.run import RunSpec, create_run, load_parameters
+from models.contract.manifest import MANIFEST_NAME, TRAIN_STEP_NAME
+from tests.simulators.step_graph import FAULTS, build_privacy, build_step_graph, build_training, save_step_version
+from tests.simulators.superlink import running_fleet, wait_until
+from tests.simulators.training import Orders, build_training_job
+
+PROGRAM = [sys.executable, "-m", "edge_agent.trainer"]
+
+
+def start_trainer(stdin=subprocess.PIPE):
+    return subprocess.Popen(PROGRAM, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture
+def orders(tmp_path):
+    manifest = save_step_version(tmp_path / "version", build_step_graph())
+    return Orders(graph_digest=manifest.files[TRAIN_STEP_NAME].digest)
+
+
+def assert_one_line(process, job_bytes, reason):
+    out, error = process.communicate(job_bytes, timeout=60)
+    assert process.returncode == 1
+    assert out == b""
+    assert error.count(b"\n") == 1, error.decode()
+    assert reason in error.decode()
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"\xff\x00", b"[]"])
+def test_stdin_that_is_no_job_ends_it_with_one_line(data):
+    assert_one_line(start_trainer(), data, "TrainingJob")
+
+
+@pytest.mark.parametrize(
+    "fault", ["graph altered", "graph missing", "no manifest", "bad manifest", "clips nothing", "key", "ledger"]
+)
+def test_what_cannot_be_trusted_ends_it_with_one_line_before_it_joins(tmp_path, orders, fault):
+    version, key_pem = tmp_path / "version", orders.key_pem
+    if fault == "graph altered":
+        with (version / TRAIN_STEP_NAME).open("ab") as file:
+            file.write(b"\0")
+    elif fault == "graph missing":
+        (version / TRAIN_STEP_NAME).unlink()
+    elif fault == "no manifest":
+        (version / MANIFEST_NAME).unlink()
+    elif fault == "bad manifest":
+        (version / MANIFEST_NAME).write_bytes(b"{}")
+    elif fault == "clips nothing":
+        save_step_version(version, build_step_graph(factor=FAULTS["ignores the clip"]))
+    elif fault == "key":
+        key_pem = "no key"
+    else:
+        (tmp_path / "training").mkdir()
+        (tmp_path / "training" / LEDGER_NAME).write_bytes(b"damaged\n")
+    job = build_training_job(tmp_path, coordinator_key_pem=key_pem)
+    reason = {"clips nothing": "does not clip", "key": "key", "ledger": "line 1", "graph altered": "digest"}.get(
+        fault, "anifest" if "manifest" in fault else TRAIN_STEP_NAME
+    )
+    assert_one_line(start_trainer(), build_job(job), reason)
+
+
+def read_nice(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[16])
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_it_yields_to_serving_and_dies_with_the_agent_that_started_it():
+    reader, writer = os.pipe()  # stays open: not the end of stdin ends it
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import subprocess, sys; p = subprocess.Popen({PROGRAM!r}, stdin={reader}); print(p.pid, flush=True); p.wait()",
+        ],
+        pass_fds=[reader],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        trainer = int(parent.stdout.readline())
+        wait_until(lambda: read_nice(trainer) == 10, what="the training process at low priority")
+        parent.send_signal(signal.SIGKILL)
+        wait_until(lambda: not is_running(trainer), what="the end of the training process")
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_run_over_a_real_superlink_trains_charges_and_ends_when_idle(tmp_path, orders):
+    with open_samples(tmp_path / "samples.db") as samples:
+        generator = np.random.default_rng(0)
+        samples.add(
+            [
+                (generator.normal(size=3).astype(np.float32), np.float32(generator.normal()).reshape(()))
+                for _ in range(40)
+            ]
+        )
+    with running_fleet(tmp_path) as fleet:
+        devices = fleet.superlink.register("device-1")
+        run_dir = tmp_path / "run"
+        run_dir.mkdir()
+        key_path = run_dir / "orders.pem"
+        key_path.write_bytes(orders.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        spec = RunSpec(
+            fleet="demo",
+            model="linear",
+            run="run-1",
+            graph_digest=orders.graph_digest,
+            layout=save_step_version(tmp_path / "version", build_step_graph()).training.layout,
+            privacy=build_privacy(),
+            training=build_training(rounds=3),
+            devices=devices,
+            quorum=1,
+            deadline_s=30,
+            join_timeout_s=30,
+            superlink=fleet.superlink.address,
+            ca_path=str(fleet.superlink.ca_path),
+            superexec_secret_path=str(fleet.superlink.secret_path),
+            order_key_path=str(key_path),
+            update_norm_limit=Decimal(1000),
+        )
+        create_run(run_dir, spec, np.zeros(4, np.float32))
+        job = build_training_job(
+            tmp_path,
+            coordinator_key_pem=orders.key_pem,
+            superlink=fleet.superlink.address,
+            ca_path=str(fleet.superlink.ca_path),
+            node_key_path=str(fleet.superlink.node_keys["device-1"]),
+            idle_timeout_s=5.0,
+        )
+        trainer = start_trainer()
+        trainer.stdin.write(build_job(job))
+        trainer.stdin.close()
+        trainer.stdin = None
+        rounds = [event for event in fleet.start_driver(run_dir).run_to_end() if event.event == "round"]
+        out, error = trainer.communicate(timeout=60)
+    assert trainer.returncode == 0, error.decode()
+    events = [parse_event(line) for line in out.splitlines()]
+    assert [event.event for event in events] == ["joined", "trained", "trained", "trained", "ended"]
+    assert [tuple(event.accepted) for event in rounds] == [("device-1",)] * 3
+    with open_ledger(tmp_path / "training" / LEDGER_NAME) as ledger:
+        assert [entry.round for entry in ledger.entries] == [1, 2, 3]
+        assert events[3].epsilon == str(ledger.entries[-1].epsilon_after)
+    assert np.abs(load_parameters(run_dir, spec.layout, 3)).max() > 0
