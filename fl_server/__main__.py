@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_package(subparsers)
     _add_release(subparsers)
     _add_train(subparsers)
+    _add_demo(subparsers)
     return parser
 
 
@@ -139,6 +140,17 @@ def _add_train(subparsers: _Subparsers) -> None:
     parser.add_argument("--steps", type=int, default=5, help="DP-SGD steps a device makes in a round (default: 5)")
     _add_following(parser)
     parser.set_defaults(execute=commands.run_train)
+
+
+def _add_demo(subparsers: _Subparsers) -> None:
+    parser = _add(subparsers, "demo", "the whole loop on this machine: devices learn digits, versions reach them live")
+    parser.add_argument("--devices", type=int, default=8, metavar="N", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=6, metavar="R", help="default: %(default)s")
+    parser.add_argument(
+        "--epsilon", type=_parse_decimal, default="8", metavar="E", help="of the whole run (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="default: %(default)s")
+    parser.set_defaults(execute=commands.run_demo)
 
 
 def _add_following(parser: argparse.ArgumentParser) -> None:

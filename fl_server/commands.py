@@ -128,6 +128,15 @@ def run_train(arguments: Namespace) -> None:
     _enqueue(arguments, directory, request)
 
 
+def run_demo(arguments: Namespace) -> None:
+    from fl_server.demo.demo import DemoOptions, run_demo
+
+    options = DemoOptions(
+        devices=arguments.devices, rounds=arguments.rounds, epsilon=arguments.epsilon, out_dir=arguments.out
+    )
+    run_demo(options)
+
+
 def _load(arguments: Namespace) -> tuple[ServerSettings, Directory]:
     settings = load_server_settings(arguments.config)
     directory = Directory(arguments.config.resolve().parent)
@@ -143,7 +152,7 @@ def _get_only_model(settings: ServerSettings) -> str:
     return next(iter(settings.models))
 
 
-def _describe(device: Device) -> dict[str, str | int | bool | None]:
+def _describe(device: Device) -> dict[str, str | int | float | bool | None]:
     status = device.status
     if device.revoked_at is not None:
         state = "revoked"
@@ -159,6 +168,8 @@ def _describe(device: Device) -> dict[str, str | int | bool | None]:
         "digest": status.digest if status else None,
         "update": status.update if status else None,
         "trains": status is not None and status.trains,
+        "rss_mb": device.telemetry.rss_mb if device.telemetry else None,
+        "latency_p99_ms": device.telemetry.latency_p99_ms if device.telemetry else None,
     }
 
 

@@ -62,12 +62,13 @@ class LocalDevice:
         )
         return self.agent
 
-    def is_ready(self) -> bool:
-        """Return whether a model answers here."""
+    def get_version(self, model: str) -> int | None:
+        """Return the version that answers here; None without one."""
         try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/v2/health/ready", timeout=2.0).is_success
+            answer = httpx.get(f"http://127.0.0.1:{self.port}/v2/models/{model}", timeout=2.0)
         except httpx.HTTPError:
-            return False
+            return None
+        return int(answer.json()["versions"][0]) if answer.is_success else None
 
     def ingest(self, x: Array, y: Array) -> None:
         """Give the device samples of its own, through its own command."""
@@ -177,6 +178,10 @@ class LocalFederation:
         """Raise ServerError if a process has ended by itself."""
         for child in self._children():
             child.check_alive()
+
+    def all_serve(self, version: int) -> bool:
+        """Return whether every device answers with `version`."""
+        return all(device.get_version(self.model) == version for device in self.devices)
 
     def _children(self) -> Sequence[Child]:
         return [child for child in [self.broker, self.coordinator, *(d.agent for d in self.devices)] if child]

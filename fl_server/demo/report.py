@@ -113,8 +113,8 @@ def build_table(report: Report) -> str:
         "",
         f"{report.metric_name} {report.value:.3f} on held-out data, asked from {len(report.per_device)} devices over HTTP",
         f"epsilon {report.epsilon:.2f} at delta {report.delta:g}, protecting each {report.unit}",
-        f"{len(report.answers)} requests during training and updates, {report.failed} failed; "
-        + f"p50 {latencies['p50_ms']:.1f} ms, p99 {latencies['p99_ms']:.1f} ms",
+        f"{len(report.answers)} requests during training and updates, {report.failed} failed",
+        f"latency p50 {latencies['p50_ms']:.1f} ms, p99 {latencies['p99_ms']:.1f} ms",
         f"memory: agent {report.agent_rss_mb:.0f} MB, training process {report.training_rss_mb:.0f} MB",
     ]
     return "\n".join(lines)
