@@ -52,7 +52,7 @@ class Device:
         node_id: As the SuperLink registered it; None until then.
         enrolled_at: Unix time, s.
         revoked_at: Unix time, s, from which it takes part in nothing.
-        status: The last it said, if it ever did.
+        status: The last it said, if it ever did; `telemetry` likewise.
     """
 
     device_id: str
@@ -61,6 +61,7 @@ class Device:
     enrolled_at: float
     revoked_at: float | None
     status: Status | None
+    telemetry: Telemetry | None
 
     @property
     def may_train(self) -> bool:
@@ -114,6 +115,7 @@ class Roster:
                 enrolled_at=row["enrolled_at"],
                 revoked_at=row["revoked_at"],
                 status=None if row["status"] is None else parse_json(row["status"], Status),
+                telemetry=None if row["telemetry"] is None else parse_json(row["telemetry"], Telemetry),
             )
             for row in rows
         ]

@@ -1,0 +1,77 @@
+"""A real mosquitto on a free port, which can be killed and started again."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+PROGRAM = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin") or "mosquitto"
+START_TIMEOUT_S = 10.0
+_CONFIG = """\
+listener {port} 127.0.0.1
+allow_anonymous true
+set_tcp_nodelay true
+max_packet_size 400000
+"""
+
+
+_PERSISTENCE = """\
+persistence true
+persistence_location {directory}/
+autosave_interval 1
+autosave_on_changes true
+"""
+
+
+class Mosquitto:
+    """A broker; unless it is `persistent`, what it retained is lost when it is killed."""
+
+    def __init__(self, directory: Path, *, persistent: bool = False) -> None:
+        self._config_path, self._log_path = directory / "mosquitto.conf", directory / "mosquitto.log"
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port: int = probe.getsockname()[1]
+        user = "user root\n" if os.geteuid() == 0 else ""  # else it drops to a user that may not read here
+        self._config_path.write_text(
+            _CONFIG.format(port=self.port) + user + (_PERSISTENCE.format(directory=directory) if persistent else "")
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        with self._log_path.open("ab") as log:
+            self._process = subprocess.Popen([PROGRAM, "-c", str(self._config_path)], stdout=log, stderr=log)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self._answers():
+            assert self._process.poll() is None, self._log_path.read_text()
+            assert time.monotonic() < deadline, "mosquitto does not listen"
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def restart(self) -> None:
+        """Kill it and start it anew, without what it retained."""
+        self.kill()
+        self.start()
+
+    def _answers(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+        except OSError:
+            return False
+        return True
