@@ -13,8 +13,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
+
 from edge_agent.errors import AgentError
-from edge_agent.training.node import serve
+from edge_agent.training import node
 
 
 def build_update(behaviour: str, size: int) -> np.ndarray | None:
@@ -34,12 +36,28 @@ def build_update(behaviour: str, size: int) -> np.ndarray | None:
         "integer": np.ones(size, np.int32),
         "held": np.ones(size, np.float32),
     }
+    if behaviour in ("torn", "renamed", "extra", "counting"):
+        return updates["one"]
     return updates.get(behaviour)
+
+
+def turn_hostile(behaviour: str) -> None:
+    """Make this device send what an honest one cannot."""
+    match behaviour:
+        case "torn":  # announces its arrays and never sends them
+            node.push_objects = lambda *_args, **_options: None
+        case "renamed":
+            node.ArrayRecord = lambda arrays: ArrayRecord({"weights": arrays["update"]})
+        case "extra":
+            node.ArrayRecord = lambda arrays: ArrayRecord({**arrays, "bias": arrays["update"]})
+        case "counting":
+            node.RecordDict = lambda content: RecordDict({**content, "metrics": MetricRecord({"num-examples": 10**15})})
 
 
 def main() -> int:
     address, ca, key, poll_s, idle_s, behaviour, release = sys.argv[1:]
     logging.basicConfig(level=logging.WARNING)
+    turn_hostile(behaviour)
 
     def handle(parameters, envelope):
         number = json.loads(json.loads(envelope)["payload"])["round"]
@@ -52,7 +70,7 @@ def main() -> int:
         return update
 
     try:
-        serve(
+        node.serve(
             superlink=address,
             ca_path=Path(ca),
             node_key_path=Path(key),

@@ -9,11 +9,25 @@ import pytest
 
 from fl_server.rounds.flower import list_nodes, register_nodes
 from fl_server.rounds.run import build_round_dir, load_checkpoint, load_parameters, load_spec
-from tests.simulators.superlink import running_fleet, running_superlink, wait_until
+from tests.simulators.superlink import Fleet, running_fleet, running_superlink, wait_until
+
+
+@pytest.fixture(scope="module")
+def superlink(tmp_path_factory):
+    with running_superlink(tmp_path_factory.mktemp("shared") / "superlink") as superlink:
+        yield superlink
 
 
 @pytest.fixture
-def fleet(tmp_path):
+def fleet(superlink, tmp_path):
+    fleet = Fleet(superlink, tmp_path)
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture
+def own_fleet(tmp_path):
+    """Return a fleet whose SuperLink may be killed."""
     with running_fleet(tmp_path) as fleet:
         yield fleet
 
@@ -72,6 +86,9 @@ def test_updates_that_cannot_count_are_refused_by_name_and_the_round_goes_on(fle
         "short": "shape (1,)",
         "matrix": "shape (10, 1)",
         "double": "float64",
+        "renamed": "arrays ['weights']",
+        "extra": "arrays ['bias', 'update']",
+        "counting": "['arrays', 'metrics']",
     }
     devices = fleet.superlink.register("good", "zero", *behaviours)
     for device_id in devices:
@@ -101,6 +118,15 @@ def test_device_that_answers_nothing_or_fails_only_costs_the_deadline(fleet):
     log = nodes["raise"].log_path.read_text()
     assert "RuntimeError" in log
     assert "0.1234" not in log
+
+
+def test_reply_that_breaks_off_only_costs_the_deadline(fleet):
+    devices = fleet.superlink.register("good", "torn")
+    for name in devices:
+        fleet.start_node(name, behaviour="one" if name == "good" else name)
+    events = fleet.start_driver(fleet.create_run(devices, rounds=1, quorum=1, deadline_s=3)).run_to_end()
+    assert names(events) == ["joined", "round", "done"]
+    assert events[1].missing == ("torn",)
 
 
 def test_round_without_quorum_is_abandoned_with_parameters_bit_identical(fleet):
@@ -194,16 +220,16 @@ def test_last_completed_round_is_told_again_after_a_restart(fleet):
     assert again.next_event().round == 2
 
 
-def test_superlink_killed_in_a_round_and_restarted_lets_the_same_driver_finish(fleet):
-    devices = fleet.superlink.register("a", "late")
-    nodes = [fleet.start_node("a"), fleet.start_node("late", behaviour="held")]
-    run_dir = fleet.create_run(devices, rounds=2, deadline_s=60, join_timeout_s=60)
-    driver = fleet.start_driver(run_dir)
+def test_superlink_killed_in_a_round_and_restarted_lets_the_same_driver_finish(own_fleet):
+    devices = own_fleet.superlink.register("a", "late")
+    nodes = [own_fleet.start_node("a"), own_fleet.start_node("late", behaviour="held")]
+    run_dir = own_fleet.create_run(devices, rounds=2, deadline_s=60, join_timeout_s=60)
+    driver = own_fleet.start_driver(run_dir)
     updates = build_round_dir(run_dir, 1) / "updates"
     wait_until(lambda: len(list(updates.glob("[!.]*.f32"))) == 1, what="an update on disk")
-    fleet.superlink.kill()
-    fleet.release("late")
-    fleet.superlink.start()
+    own_fleet.superlink.kill()
+    own_fleet.release("late")
+    own_fleet.superlink.start()
     events = driver.run_to_end(timeout_s=120)
     assert driver.wait() == 0
     completed = [event for event in events if event.event == "round"]
@@ -212,11 +238,11 @@ def test_superlink_killed_in_a_round_and_restarted_lets_the_same_driver_finish(f
     assert all(node.process.poll() is None for node in nodes)
 
 
-def test_driver_gives_up_when_the_superlink_stays_away(fleet):
-    devices = fleet.superlink.register("a")
-    run_dir = fleet.create_run(devices, join_timeout_s=1)
-    fleet.superlink.kill()
-    driver = fleet.start_driver(run_dir)
+def test_driver_gives_up_when_the_superlink_stays_away(own_fleet):
+    devices = own_fleet.superlink.register("a")
+    run_dir = own_fleet.create_run(devices, join_timeout_s=1)
+    own_fleet.superlink.kill()
+    driver = own_fleet.start_driver(run_dir)
     assert driver.run_to_end() == []
     assert driver.wait() == 1
     assert "no run could be opened" in driver.log_path.read_text().splitlines()[-1]
@@ -232,11 +258,10 @@ def test_two_drivers_do_not_claim_each_others_run(fleet):
         assert names(driver.run_to_end()) == ["joined", "round", "done"]
 
 
-def test_registering_again_gives_the_same_node_ids(tmp_path):
-    with running_superlink(tmp_path / "superlink") as superlink:
-        keys = {name: superlink.create_key(name) for name in ("a", "b")}
-        first = register_nodes(superlink.address, superlink.ca_path, {"a": keys["a"]})
-        both = register_nodes(superlink.address, superlink.ca_path, keys)
-        assert both["a"] == first["a"]
-        assert register_nodes(superlink.address, superlink.ca_path, keys) == both
-        assert set(list_nodes(superlink.address, superlink.ca_path).values()) == set(both.values())
+def test_registering_again_gives_the_same_node_ids(superlink):
+    keys = {name: superlink.create_key(name) for name in ("a", "b")}
+    first = register_nodes(superlink.address, superlink.ca_path, {"a": keys["a"]})
+    both = register_nodes(superlink.address, superlink.ca_path, keys)
+    assert both["a"] == first["a"]
+    assert register_nodes(superlink.address, superlink.ca_path, keys) == both
+    assert set(both.values()) <= set(list_nodes(superlink.address, superlink.ca_path).values())
