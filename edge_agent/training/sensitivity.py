@@ -33,7 +33,7 @@ def check_sensitivity(clipped_sum: ClippedSum, first: tuple[_Array, _Array], sec
     clipping_norm = max(unclipped) / 4  # so that at least one of the gradients must be clipped
     if not 0 < clipping_norm < _NO_CLIPPING / 4:
         raise StalledError(
-            f"{TRAIN_STEP_NAME}: the largest gradient of random data is {max(unclipped)}: unfit to measure"
+            f"{TRAIN_STEP_NAME}: the largest gradient of random data has norm {max(unclipped)}: nothing to measure"
         )
     whole = clipped_sum(x, y, clipping_norm)
     for i in range(len(x)):

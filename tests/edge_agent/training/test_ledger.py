@@ -5,7 +5,7 @@ import signal
 from decimal import Decimal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.errors import StalledError, TransientError
@@ -125,6 +125,7 @@ def test_refused_spend_leaves_no_trace(tmp_path):
     assert path.read_bytes() == before
 
 
+@settings(deadline=None)  # a disk takes what it takes
 @given(
     kinds=st.lists(
         st.tuples(st.sampled_from(["0.01", "0.2", "1"]), st.sampled_from(["0.7", "1", "4"]), st.integers(1, 50)),
@@ -160,6 +161,7 @@ def ledger_bytes(tmp_path_factory):
     return path.read_bytes()
 
 
+@settings(deadline=None)  # a disk takes what it takes
 @given(data=st.data())
 def test_file_cut_anywhere_keeps_its_whole_lines(tmp_path_factory, ledger_bytes, data):
     cut = ledger_bytes[: data.draw(st.integers(0, len(ledger_bytes)))]
@@ -172,6 +174,7 @@ def test_file_cut_anywhere_keeps_its_whole_lines(tmp_path_factory, ledger_bytes,
         assert len(ledger.entries) == cut.count(b"\n") + 1
 
 
+@settings(deadline=None)  # a disk takes what it takes
 @given(data=st.data())
 def test_any_altered_byte_of_a_promised_line_stops_training(ledger_bytes, data):
     index = data.draw(st.integers(0, len(ledger_bytes) - 2))  # all but the last newline, which makes it a promise

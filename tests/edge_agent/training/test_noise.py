@@ -76,10 +76,10 @@ def test_no_noise_is_exactly_zero():
     np.testing.assert_array_equal(draw_gaussian(10, 0.0), np.zeros(10))
 
 
-def test_a_million_values_take_less_than_two_seconds():
-    started = time.perf_counter()
+def test_a_million_values_take_less_than_two_seconds_of_processor_time():
+    started = time.process_time()
     draw_gaussian(COUNT, 1.0)
-    assert time.perf_counter() - started < 2  # 0.4 s measured on a loaded core
+    assert time.process_time() - started < 2  # 0.4 s measured
 
 
 def test_poisson_draws_vary_as_independent_coins_do():
