@@ -140,7 +140,7 @@ class Updater:
             job = await self._consider(payload)
             if job is not None:
                 self._task = asyncio.create_task(self._drain(job))
-        if self._task is not None:
+        if self._task is not None and not self._task.done():
             await asyncio.wait({self._task})
 
     async def close(self) -> None:

@@ -1,0 +1,57 @@
+"""A release through a real broker, with the links that agent and coordinator use."""
+
+import asyncio
+from pathlib import Path
+
+from edge_agent.link.mqtt import Broker, Publication
+from edge_agent.link.mqtt import Link as DeviceLink
+from fl_server.fleet.mqtt import Connected
+from fl_server.fleet.mqtt import Link as CoordinatorLink
+from fl_server.rollout.publisher import Publisher, list_blobs
+from models.contract.encoding import build_digest
+from models.contract.messages import EventKind
+from models.contract.offer import build_offer
+from models.contract.topics import build_offer_topic
+from tests.simulators.broker_memory import MemoryBroker
+from tests.simulators.mosquitto import Mosquitto
+from tests.simulators.releases import BIG, FLEET, Device, ReleaseServer
+
+
+def test_release_reaches_a_device_through_a_real_broker(tmp_path: Path) -> None:
+    server = ReleaseServer(tmp_path / "server", MemoryBroker())
+    version_dir = server.write_version(1, b"one" + BIG * 4)
+    server.release(version_dir)
+    pem = server.repository.build_coordinator_pem()
+    blobs = {build_digest(pem): pem, **list_blobs(version_dir)}
+    with Mosquitto(tmp_path) as broker:
+        events = asyncio.run(_release(tmp_path, broker.port, server, blobs))
+    assert events[-1] == (EventKind.UPDATED, "version 1 serves from slot a", 1)
+    assert (tmp_path / "device" / "coordinator.pem").read_bytes() == pem
+
+
+async def _release(tmp_path: Path, port: int, server: ReleaseServer, blobs: dict[str, Path | bytes]) -> list[tuple]:
+    offers: asyncio.Queue[bytes] = asyncio.Queue()
+    link = DeviceLink(
+        Broker(
+            host="127.0.0.1",
+            port=port,
+            client_id="device-1",
+            keepalive_s=30,
+            subscriptions=(build_offer_topic(FLEET),),
+        ),
+        build_will=lambda: Publication(topic=f"fl/v1/{FLEET}/device/device-1/status", payload=b"{}", retain=True),
+        on_message=lambda _topic, payload: offers.put_nowait(payload),
+        on_connected=lambda: None,
+    )
+    device = Device(tmp_path / "device", link, server.root)
+    running = asyncio.create_task(link.run())
+    async with asyncio.timeout(30), CoordinatorLink(host="127.0.0.1", port=port, fleet=FLEET) as coordinator:
+        while not isinstance(await coordinator.receive(), Connected):
+            pass
+        publisher = Publisher(fleet=FLEET, record_path=tmp_path / "published.json", publish=coordinator.publish)
+        await publisher.publish(build_offer(server.repository.load_metadata()), blobs)
+        await device.updater.handle_offer(await offers.get())
+    running.cancel()
+    await asyncio.wait({running})
+    await device.updater.close()
+    return device.events

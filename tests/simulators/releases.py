@@ -1,0 +1,135 @@
+"""A coordinator's release path and a device's update path, joined by a broker in memory."""
+
+import asyncio
+from datetime import UTC, datetime
+from pathlib import Path
+
+from edge_agent.updates.installer import Updater, UpdaterSettings
+from fl_server.directory import Directory
+from fl_server.rollout.publisher import Publisher, list_blobs
+from fl_server.rollout.repository import ReleaseRepository
+from models.contract.encoding import build_digest
+from models.contract.manifest import (
+    EVALUATE_NAME,
+    GRAPH_NAMES,
+    MANIFEST_NAME,
+    PARAMETERS_NAME,
+    TRAIN_STEP_NAME,
+    FileEntry,
+    ModelManifest,
+    TrainingContract,
+    build_manifest,
+    parse_manifest,
+)
+from models.contract.messages import EventKind
+from models.contract.offer import build_offer
+from models.tensors.layout import Layout
+from models.tensors.spec import TensorSpec
+from tests.simulators.broker_memory import MemoryBroker
+
+FLEET, MODEL = "demo", "digits"
+INFERENCE_NAME = "inference.onnx"
+BIG = bytes(range(256)) * 1000  # 250 KiB: four chunks
+
+
+class ReleaseServer:
+    """What a coordinator does to release a version; its files hold any bytes."""
+
+    def __init__(self, path: Path, broker: MemoryBroker, *, now: datetime | None = None) -> None:
+        self.directory, self.broker, self.now = Directory(path), broker, now or datetime.now(UTC)
+        self.repository = ReleaseRepository.create(self.directory, now=self.now)
+        self.publisher = Publisher(fleet=FLEET, record_path=path / "published.json", publish=broker.publish)
+        self.root = self.repository.load_root()
+
+    def write_version(
+        self, number: int, inference: bytes, *, graph: bytes = b"clip", model: str = MODEL, trains: bool = True
+    ) -> Path:
+        """Return the folder of a new version."""
+        directory = self.directory.path / "versions" / model / str(number)
+        directory.mkdir(parents=True)
+        contents = {INFERENCE_NAME: inference, PARAMETERS_NAME: b"float parameters %d" % number}
+        if trains:
+            contents |= {TRAIN_STEP_NAME: b"train step " + graph, EVALUATE_NAME: b"evaluate " + graph}
+        for name, data in contents.items():
+            (directory / name).write_bytes(data)
+        manifest = ModelManifest(
+            model=model,
+            version=number,
+            runtime="onnx",
+            inputs=(TensorSpec("x", ("batch", 2), "float32"),),
+            outputs=(TensorSpec("y", ("batch", 2), "float32"),),
+            files={name: FileEntry(digest=build_digest(data), size_bytes=len(data)) for name, data in contents.items()},
+            training=TrainingContract(
+                layout=Layout(names=("w",), shapes=((2,),)),
+                batch=4,
+                target=TensorSpec("target", ("batch",), "int64"),
+                metric="accuracy",
+            )
+            if trains
+            else None,
+        )
+        (directory / MANIFEST_NAME).write_bytes(build_manifest(manifest))
+        return directory
+
+    def sign_graphs(self, version_dir: Path) -> None:
+        files = parse_manifest((version_dir / MANIFEST_NAME).read_bytes()).files
+        self.repository.sign_graphs({name: files[name] for name in GRAPH_NAMES if name in files}, now=self.now)
+
+    def release(self, champion: Path, *, signs_graphs: bool = True, target_model: str = MODEL) -> bytes:
+        """Make `champion` what devices should run; publish everything and return the offer."""
+        if signs_graphs:
+            self.sign_graphs(champion)
+        data = (champion / MANIFEST_NAME).read_bytes()
+        self.repository.set_release(target_model, {"champion": data}, now=self.now)
+        return self.publish(champion)
+
+    def publish(self, *versions: Path) -> bytes:
+        offer = build_offer(self.repository.load_metadata())
+        pem = self.repository.build_coordinator_pem()
+        blobs: dict[str, Path | bytes] = {build_digest(pem): pem}
+        for version in versions:
+            blobs |= list_blobs(version)
+        asyncio.run(self.publisher.publish(offer, blobs))
+        return offer
+
+
+class Device:
+    """An updater whose model server only remembers which bytes it was told to answer with."""
+
+    def __init__(self, path: Path, broker: MemoryBroker, root: bytes, **settings: object) -> None:
+        self.path, self.events, self.tried = path, list[tuple[EventKind, str, int | None]](), list[bytes]()
+        self.serving: bytes | None = None
+        defaults = {"fleet": FLEET, "model": MODEL, "trains": True, "retry_delay_s": 3600.0}
+        self.updater = Updater(
+            UpdaterSettings(state_dir=path, root=root, **(defaults | settings)),
+            reader=broker,
+            try_version=self.try_version,
+            on_event=lambda *event: self.events.append(event),
+        )
+
+    def try_version(self, directory: Path, manifest: ModelManifest) -> None:
+        inference = (directory / manifest.inference_name).read_bytes()
+        self.tried.append(inference)
+        if inference.startswith(b"unhealthy"):
+            raise ValueError("the output is not finite")
+        self.serving = inference
+
+    def receive(self, *offers: bytes) -> list[EventKind]:
+        """Start, handle `offers` one after the other, end; return what kinds of events that made."""
+        asyncio.run(self._receive(offers))
+        return [kind for kind, _, _ in self.events]
+
+    async def _receive(self, offers: tuple[bytes, ...]) -> None:
+        await self.updater.start()
+        for offer in offers:
+            await self.updater.handle_offer(offer)
+        await self.updater.close()
+
+    @property
+    def version(self) -> int | None:
+        current = self.updater.current()
+        return None if current is None else current.manifest.version
+
+    @property
+    def last_message(self) -> str:
+        return self.events[-1][1]
