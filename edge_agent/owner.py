@@ -75,7 +75,7 @@ def load_privacy_report(settings: AgentSettings) -> PrivacyReport:
     except FileNotFoundError:
         data = b""
     whole_lines = data[: data.rfind(b"\n") + 1]  # the training process may be writing one
-    return _build_report(parse_ledger(whole_lines), settings.privacy)
+    return _build_report(parse_ledger(whole_lines)[0], settings.privacy)
 
 
 def parse_privacy_report(data: bytes) -> PrivacyReport:

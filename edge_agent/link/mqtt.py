@@ -254,8 +254,7 @@ class _Client(paho.Client):
 
 def _build_client(broker: Broker, will: Publication, events: _Events) -> _Client:
     client = _Client(CallbackAPIVersion.VERSION2, broker.client_id, protocol=paho.MQTTv5, reconnect_on_failure=False)
-    client.enable_logger(log)
-    client.suppress_exceptions = True  # logged instead; an exception would end the thread
+    client.suppress_exceptions = True  # one in a callback would end the thread
     client.connect_timeout = _CONNECT_TIMEOUT_S
     client.max_queued_messages_set(_QUEUED_MAX)
     client.on_connect = events.on_connect

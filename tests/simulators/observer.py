@@ -1,0 +1,61 @@
+"""A client that sees everything a broker carries, and can say anything."""
+
+import json
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+
+from tests.simulators.waiting import wait_until
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    topic: str
+    payload: bytes
+    retained: bool
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return json.loads(self.payload)
+
+
+class Observer:
+    """Subscribed to `#`; a context that disconnects."""
+
+    def __init__(self, port: int) -> None:
+        self._lock = threading.Lock()
+        self._seen: list[Seen] = []
+        self._client = paho.Client(CallbackAPIVersion.VERSION2, "observer", protocol=paho.MQTTv5)
+        self._client.on_connect = lambda client, *_: client.subscribe("#", qos=1)
+        self._client.on_message = self._note
+        self._client.connect("127.0.0.1", port)
+        self._client.loop_start()
+        wait_until(self._client.is_connected, "the observer to connect")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        self._client.publish(topic, payload, qos=1, retain=retain).wait_for_publish(10)
+
+    def seen(self, channel: str) -> list[Seen]:
+        """Return what came so far on topics that end with `channel`."""
+        with self._lock:
+            return [message for message in self._seen if message.topic.endswith(channel)]
+
+    def documents(self, channel: str) -> list[dict[str, Any]]:
+        return [message.document for message in self.seen(channel) if message.payload]
+
+    def _note(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
+        with self._lock:
+            self._seen.append(Seen(message.topic, bytes(message.payload), message.retain))
