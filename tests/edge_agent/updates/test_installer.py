@@ -1,6 +1,8 @@
 """From offer to active slot, between a real repository and a broker in memory."""
 
 import asyncio
+import errno
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from fl_server.rollout.repository import _build_target
 from models.contract.encoding import build_digest
 from models.contract.manifest import MANIFEST_NAME, PARAMETERS_NAME, FileEntry, ModelManifest, parse_manifest
 from models.contract.messages import EventKind
-from models.contract.offer import ROLE_RELEASES, build_release_target
+from models.contract.offer import ROLE_RELEASES, build_offer, build_release_target
 from models.contract.topics import build_blob_topic
 from tests.simulators.broker_memory import MemoryBroker
 from tests.simulators.releases import BIG, FLEET, Device, ReleaseServer
@@ -232,6 +234,52 @@ def test_newer_offer_takes_over_a_fetch(broker: MemoryBroker, server: ReleaseSer
     asyncio.run(scenario())
     assert device.version == 2
     assert device.tried == [b"two"]
+
+
+def test_fetch_of_a_version_that_is_withdrawn_is_given_up(
+    broker: MemoryBroker, server: ReleaseServer, device: Device
+) -> None:
+    first_dir = server.write_version(1, b"one")
+    device.receive(server.release(first_dir))
+    second = server.release(server.write_version(2, b"two"))
+    broker.stalled.add(broker.get_chunks(build_digest(b"two"))[0])
+
+    async def scenario() -> None:
+        fetching = asyncio.create_task(device.updater.handle_offer(second))
+        await broker.wait_until_stalled()
+        server.repository.set_release("digits", {"champion": (first_dir / MANIFEST_NAME).read_bytes()}, now=server.now)
+        await device.updater.handle_offer(build_offer(server.repository.load_metadata()))
+        await fetching
+
+    asyncio.run(scenario())
+    assert (device.version, device.updater.phase) == (1, Phase.IDLE)
+    assert device.events[-1][0] is EventKind.DOWNLOADING
+
+
+def test_verdict_that_the_disk_does_not_take_is_reached_again_later(
+    server: ReleaseServer, device: Device, monkeypatch
+) -> None:
+    device.receive(server.release(server.write_version(1, b"one")))
+    offer = server.release(server.write_version(2, b"two"))
+    replace, healthy, is_full = os.replace, device.try_version, False
+
+    def try_on_a_disk_that_fills(directory: Path, manifest: ModelManifest) -> None:
+        nonlocal is_full
+        is_full = len(device.tried) == 1
+        healthy(directory, manifest)
+
+    def replace_if_there_is_room(source: str, target: str) -> None:
+        if is_full and Path(target).name == "state.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_if_there_is_room)
+    device.updater._probation._try_version = try_on_a_disk_that_fills
+    assert device.receive(offer)[-1] is EventKind.FAILED
+    assert "No space left" in device.last_message
+    assert (device.version, device.serving) == (1, b"one")
+    assert device.receive(offer)[-1] is EventKind.UPDATED
+    assert (device.version, device.serving) == (2, b"two")
 
 
 def test_newer_offer_waits_for_the_trial_under_way(broker: MemoryBroker, server: ReleaseServer, device: Device) -> None:

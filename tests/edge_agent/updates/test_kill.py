@@ -83,6 +83,25 @@ def test_version_that_kills_the_agent_has_three_tries(tmp_path: Path) -> None:
     assert device.tried == []
 
 
+def test_version_on_trial_that_is_damaged_before_the_restart_is_fetched_again_and_not_rejected(tmp_path: Path) -> None:
+    broker = MemoryBroker()
+    server = ReleaseServer(tmp_path / "server", broker)
+    Device(tmp_path / "device", broker, server.root).receive(server.release(server.write_version(1, b"one")))
+    offer = server.release(server.write_version(2, b"two"))
+
+    def update_to_death() -> None:
+        device = Device(tmp_path / "device", broker, server.root)
+        device.updater._probation._try_version = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        device.receive(offer)
+
+    assert not run_and_kill(update_to_death, at=1 << 30)
+    (tmp_path / "device" / "slots" / "b" / "inference.onnx").write_bytes(b"owt")
+    device = Device(tmp_path / "device", broker, server.root)
+    assert device.receive() == [EventKind.FAILED]
+    assert device.last_message == "inference.onnx in slot b is damaged"
+    assert device.receive(offer)[-1] is EventKind.UPDATED
+
+
 def test_nothing_is_renamed_into_a_slot_or_over_the_state_before_it_is_synced(tmp_path: Path, monkeypatch) -> None:
     broker = MemoryBroker()
     server = ReleaseServer(tmp_path / "server", broker)
