@@ -98,3 +98,12 @@ def strip_metadata(graph: onnx.ModelProto) -> None:
     for item in (*of_graph.node, *of_graph.initializer, *of_graph.input, *of_graph.output, *of_graph.value_info):
         del item.metadata_props[:]
         item.doc_string = ""
+
+
+def name_batch_axis(graph: onnx.ModelProto) -> None:
+    """Call the first axis of the first input, and every axis of that length, "batch" instead of torch's symbol."""
+    symbol = graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.graph.input, *graph.graph.output, *graph.graph.value_info):
+        for length in value.type.tensor_type.shape.dim:
+            if length.dim_param == symbol != "":
+                length.dim_param = "batch"

@@ -1,6 +1,5 @@
 """A model version from an exported architecture and parameters: an immutable folder, defined by its manifest."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -15,8 +14,8 @@ from fl_server.errors import UsageError
 from fl_server.packaging.architecture import Architecture, check_parameters
 from fl_server.packaging.graphs import build_with_parameters, load_graph, save_graph
 from fl_server.packaging.quantize import quantize
+from fl_server.packaging.staging import staged_directory
 from models.contract.encoding import build_digest
-from models.contract.files import sync_directory
 from models.contract.manifest import (
     EVALUATE_NAME,
     INFERENCE_NAMES,
@@ -59,10 +58,9 @@ def package_version(
         UsageError: `out_dir` exists, or `parameters` or `calibration` do not fit the architecture.
     """
     _check_arguments(architecture, parameters, calibration, out_dir)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-    try:
+    with staged_directory(out_dir) as staging:
         inference_path = staging / INFERENCE_NAMES["onnx"]
-        with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as scratch:
+        with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}~", dir=out_dir.parent) as scratch:
             float_path = Path(scratch, "float.onnx")
             graph = build_with_parameters(load_graph(architecture.float_path), parameters)
             save_graph(graph, float_path)
@@ -85,11 +83,6 @@ def package_version(
             quality=quality,
         )
         (staging / MANIFEST_NAME).write_bytes(build_manifest(manifest))
-        _sync(staging)
-        staging.rename(out_dir)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    sync_directory(out_dir.parent)
     return manifest
 
 
@@ -116,14 +109,3 @@ def _check_arguments(
 def _describe(path: Path) -> FileEntry:
     data = path.read_bytes()
     return FileEntry(digest=build_digest(data), size_bytes=len(data))
-
-
-def _sync(directory: Path) -> None:
-    directory.chmod(0o755)  # mkdtemp keeps others out; a version is for all to read
-    for path in directory.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    sync_directory(directory)

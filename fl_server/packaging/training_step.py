@@ -117,7 +117,9 @@ def build_evaluation(module: nn.Module, sample_losses: SampleLosses) -> Step:
     return evaluation
 
 
-def check_step(module: nn.Module, step: Step, sample_losses: SampleLosses, x: Tensor, y: Tensor) -> None:
+def check_step(
+    module: nn.Module, step: Step, sample_losses: SampleLosses, x: Tensor, y: Tensor, parameters: dict[str, Tensor]
+) -> None:
     """Compare `step` with one plain backward pass a sample, on the first rows of `x` and `y`.
 
     Catches what no list of layers can: parameters used behind a hook's back, samples that influence each other.
@@ -126,17 +128,16 @@ def check_step(module: nn.Module, step: Step, sample_losses: SampleLosses, x: Te
         DefinitionError: They differ.
     """
     rows = min(_CHECKED_ROWS, len(x))
-    parameters = list(module.parameters())
-    by_row = [_row_gradient(module, sample_losses, x[i : i + 1], y[i : i + 1]) for i in range(rows)]
-    norms = torch.stack([torch.sqrt(sum((g * g).sum() for g in row) + torch.zeros(())) for row in by_row])
+    by_row = [_row_gradient(module, sample_losses, x[i : i + 1], y[i : i + 1], parameters) for i in range(rows)]
+    norms = torch.stack([torch.cat([gradient.flatten() for gradient in row]).norm() for row in by_row])
     clipping_norm = norms.median().clamp(min=1e-3)
     factor = torch.clamp(clipping_norm / (norms + _TINY), max=1.0)
-    mask = torch.zeros(len(x))
-    mask[:rows] = 1
-    *sums, found = step(x, y, mask, clipping_norm, *(p.detach() for p in parameters))
-    expected = [sum(f * row[i] for f, row in zip(factor, by_row, strict=True)) for i in range(len(parameters))]
-    for (name, _), value, wanted in zip(module.named_parameters(), sums, expected, strict=True):
-        if not torch.allclose(value, torch.as_tensor(wanted), rtol=0, atol=float(clipping_norm) * _CHECK_TOLERANCE):
+    mask = (torch.arange(len(x)) < rows).to(torch.float32)
+    *sums, found = step(x, y, mask, clipping_norm, *parameters.values())
+    tolerance = float(clipping_norm) * _CHECK_TOLERANCE
+    for i, (name, value) in enumerate(zip(parameters, sums, strict=True)):
+        expected = torch.stack([f * row[i] for f, row in zip(factor, by_row, strict=True)]).sum(0)
+        if not torch.allclose(value, expected, rtol=0, atol=tolerance):
             raise DefinitionError(
                 f"{name}: its clipped gradient differs from one backward pass a sample: samples influence each "
                 "other, or the parameter is also used outside its layer's forward"
@@ -221,7 +222,10 @@ def _layer_gradient(
     return GRADIENTS[type(layer)](layer, taps.inputs[path], gradients[path])
 
 
-def _row_gradient(module: nn.Module, sample_losses: SampleLosses, x: Tensor, y: Tensor) -> list[Tensor]:
-    parameters = list(module.parameters())
-    found = torch.autograd.grad(sample_losses(module(x), y).sum(), parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+def _row_gradient(
+    module: nn.Module, sample_losses: SampleLosses, x: Tensor, y: Tensor, parameters: dict[str, Tensor]
+) -> list[Tensor]:
+    leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    loss = sample_losses(functional_call(module, leaves, (x,)), y).sum()
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves.values(), found, strict=True)]

@@ -1,0 +1,184 @@
+import signal
+import subprocess
+import sys
+from decimal import Decimal
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from torch.nn import functional
+
+from fl_server.errors import UsageError
+from fl_server.evaluation.evaluate import evaluate_parameters, measure_quality
+from fl_server.packaging.architecture import load_parameters
+from fl_server.packaging.export import export_architecture
+from fl_server.packaging.package import package_version
+from models.contract.encoding import build_digest
+from models.contract.manifest import Lineage, Quality, parse_manifest
+from models.definitions.digits import definition, load_splits
+
+QUALITY = Quality(
+    metric="accuracy", value=Decimal("0.5"), samples=2, float_value=Decimal("0.5"), logit_deviation=Decimal(0)
+)
+
+
+def package(exported, out_dir, **changes):
+    arguments = {
+        "parameters": exported.build_parameters(0),
+        "version": 1,
+        "calibration": exported.build_data(1)[0],
+        "measure": lambda inference, exact: QUALITY,
+        "lineage": Lineage(),
+        "privacy": None,
+        "out_dir": out_dir,
+    }
+    return package_version(exported.architecture, **(arguments | changes))
+
+
+def read(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_version_is_defined_byte_for_byte_by_its_manifest(exported, tmp_path):
+    manifest = package(exported, tmp_path / "1", lineage=Lineage(run="r-1", round=3))
+    files = read(tmp_path / "1")
+    assert parse_manifest(files.pop("manifest.json")) == manifest
+    assert set(manifest.files) == set(files)
+    for name, entry in manifest.files.items():
+        assert (entry.digest, entry.size_bytes) == (build_digest(files[name]), len(files[name]))
+    assert manifest.lineage.round == 3
+    assert manifest.quality == QUALITY
+    stored = load_parameters(tmp_path / "1" / "parameters.safetensors", exported.architecture.training.layout)
+    assert all(np.array_equal(stored[name], value) for name, value in exported.build_parameters(0).items())
+    session = ort.InferenceSession(tmp_path / "1" / manifest.inference_name, providers=["CPUExecutionProvider"])
+    assert [(tensor.name, tensor.shape) for tensor in session.get_inputs()] == [
+        (spec.name, list(spec.shape)) for spec in manifest.inputs
+    ]
+
+
+def test_same_parameters_and_calibration_give_the_same_bytes(exported, tmp_path):
+    package(exported, tmp_path / "1")
+    package(exported, tmp_path / "again")
+    assert read(tmp_path / "1") == read(tmp_path / "again")
+
+
+def test_packaged_outputs_stay_close_to_the_float_graph(exported, tmp_path):
+    x, _ = exported.build_data(2)
+
+    def compare(inference_path, float_path):
+        packaged, exact = (
+            ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"features": x})[0]
+            for path in (inference_path, float_path)
+        )
+        assert np.abs(packaged - exact).mean() < 0.1 * np.abs(exact).max()
+        assert np.abs(packaged - exact).max() > 0, "nothing was quantized"
+        return QUALITY
+
+    package(exported, tmp_path / "1", measure=compare)
+
+
+def test_failed_packaging_leaves_nothing(exports, tmp_path):
+    def fail(inference_path, float_path):
+        raise RuntimeError("measured nothing")
+
+    with pytest.raises(RuntimeError, match="measured nothing"):
+        package(exports("mlp"), tmp_path / "1", measure=fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_packaging_that_is_killed_leaves_no_version(exports, tmp_path):
+    code = f"""
+import os, signal
+from pathlib import Path
+import numpy as np
+from fl_server.packaging.architecture import load_architecture
+from fl_server.packaging.package import package_version
+from models.contract.manifest import Lineage
+architecture = load_architecture(Path({str(exports("mlp").architecture.directory)!r}))
+package_version(
+    architecture, parameters=architecture.load_initial_parameters(), version=1, lineage=Lineage(), privacy=None,
+    calibration=np.zeros((1, 13), np.float32), out_dir=Path({str(tmp_path)!r}, "1"),
+    measure=lambda inference, exact: os.kill(os.getpid(), signal.SIGKILL),
+)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "1").exists()
+    package(exports("mlp"), tmp_path / "1")
+    assert [path.name for path in tmp_path.iterdir()] == ["1"], "what the kill left is cleared"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parameters": {"0.weight": np.zeros((16, 13), np.float32)}}, "mlp: parameters .* are not"),
+        ({"calibration": np.zeros((4, 12), np.float32)}, r"calibration data is float32 of shape \(4, 12\)"),
+        ({"calibration": np.zeros((0, 13), np.float32)}, r"calibration data is float32 of shape \(0, 13\)"),
+        ({"calibration": np.zeros((4, 13), np.float64)}, "calibration data is float64"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_architecture_are_refused(exports, tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        package(exports("mlp"), tmp_path / "1", **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_parameters_that_are_not_finite_are_never_packaged(exports, tmp_path):
+    parameters = exports("mlp").build_parameters(0)
+    parameters["0.bias"][3] = np.nan
+    with pytest.raises(UsageError, match=r"parameter '0\.bias' is not finite"):
+        package(exports("mlp"), tmp_path / "1", parameters=parameters)
+
+
+def test_version_is_never_overwritten(exports, tmp_path):
+    package(exports("mlp"), tmp_path / "1")
+    with pytest.raises(UsageError, match="a version is immutable"):
+        package(exports("mlp"), tmp_path / "1")
+
+
+def test_packaging_and_evaluation_need_no_torch():
+    code = (
+        "import sys, fl_server.packaging.package, fl_server.evaluation.evaluate, fl_server.packaging.definitions\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_trained_digits_stay_accurate_in_int8(tmp_path):
+    splits = load_splits(devices=4, seed=0)
+    torch.manual_seed(0)
+    module = definition.build()
+    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
+    x = torch.tensor(np.concatenate([device.x for device in splits.devices]))
+    y = torch.tensor(np.concatenate([device.y for device in splits.devices]))
+    for _ in range(15):
+        for rows in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            functional.cross_entropy(module(x[rows]), y[rows]).backward()
+            optimizer.step()
+    architecture = export_architecture(definition, tmp_path / "digits")
+    parameters = {name: value.detach().numpy() for name, value in module.named_parameters()}
+    test = splits.test
+    manifest = package_version(
+        architecture,
+        parameters=parameters,
+        version=1,
+        calibration=splits.validation.x,
+        measure=lambda inference, exact: measure_quality(inference, exact, test.x, test.y, "accuracy"),
+        lineage=Lineage(),
+        privacy=None,
+        out_dir=tmp_path / "1",
+    )
+    assert manifest.quality is not None
+    assert manifest.quality.float_value > Decimal("0.93")
+    assert abs(manifest.quality.value - manifest.quality.float_value) <= Decimal("0.02")
+    assert 0 < manifest.quality.logit_deviation < Decimal("0.5")
+    assert manifest.files["inference.onnx"].size_bytes < manifest.files["parameters.safetensors"].size_bytes
+    evaluation = evaluate_parameters(
+        architecture.evaluate_path, architecture.training, parameters, test.x, test.y, "accuracy"
+    )
+    assert evaluation.samples == 300
+    assert evaluation.value == pytest.approx(float(manifest.quality.float_value), abs=1e-6)
+    with torch.no_grad():
+        loss = functional.cross_entropy(module(torch.tensor(test.x)), torch.tensor(test.y))
+    assert evaluation.loss == pytest.approx(float(loss), rel=1e-4)
