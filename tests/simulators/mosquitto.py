@@ -19,25 +19,15 @@ max_packet_size 400000
 """
 
 
-_PERSISTENCE = """\
-persistence true
-persistence_location {directory}/
-autosave_interval 1
-autosave_on_changes true
-"""
-
-
 class Mosquitto:
-    """A broker; unless it is `persistent`, what it retained is lost when it is killed."""
+    """A broker without persistence: what it retained is lost when it is killed."""
 
-    def __init__(self, directory: Path, *, persistent: bool = False) -> None:
+    def __init__(self, directory: Path) -> None:
         self._config_path, self._log_path = directory / "mosquitto.conf", directory / "mosquitto.log"
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port: int = probe.getsockname()[1]
         user = "user root\n" if os.geteuid() == 0 else ""  # else it drops to a user that may not read here
-        self._config_path.write_text(
-            _CONFIG.format(port=self.port) + user + (_PERSISTENCE.format(directory=directory) if persistent else "")
-        )
+        self._config_path.write_text(_CONFIG.format(port=self.port) + user)
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:

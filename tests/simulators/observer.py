@@ -3,6 +3,7 @@
 import json
 import threading
 from dataclasses import dataclass
+from socket import IPPROTO_TCP, TCP_NODELAY
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,6 +33,7 @@ class Observer:
         self._client = paho.Client(CallbackAPIVersion.VERSION2, "observer", protocol=paho.MQTTv5)
         self._client.on_connect = lambda client, *_: client.subscribe("#", qos=1)
         self._client.on_message = self._note
+        self._client.on_socket_open = lambda _client, _data, opened: opened.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         self._client.connect("127.0.0.1", port)
         self._client.loop_start()
         wait_until(self._client.is_connected, "the observer to connect")
