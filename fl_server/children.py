@@ -16,7 +16,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-STOP_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 3.0
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.5, 30.0
 STEADY_S = 60.0  # a child that ran this long starts its backoff anew
 LINE_MAX_BYTES = 1 << 20  # of a child's standard output

@@ -13,7 +13,7 @@ from fl_server.errors import ServerError, UsageError
 from fl_server.fleet.enrolment import Federation, enroll_device
 from fl_server.fleet.roster import Device, Roster
 from fl_server.jobs import Job, Jobs, JobState, ReleaseRequest, Request, TrainRequest
-from fl_server.lock import is_locked
+from fl_server.lock import holding_lock, is_locked
 from models.contract.manifest import MANIFEST_NAME
 from models.contract.privacy import TrainingPlan
 
@@ -30,9 +30,10 @@ def run_init(arguments: Namespace) -> None:
 
 def run_coordinator(arguments: Namespace) -> None:
     settings, directory = _load(arguments)
-    from fl_server.coordinator import run
+    with holding_lock(directory.lock_path):
+        from fl_server.coordinator import run
 
-    run(settings, directory)
+        run(settings, directory)
 
 
 def run_enroll(arguments: Namespace) -> None:

@@ -22,7 +22,6 @@ from fl_server.errors import RunError, ServerError
 from fl_server.fleet.mqtt import Connected, Disconnected, FromDevice, Link, LinkError
 from fl_server.fleet.roster import Roster
 from fl_server.jobs import Job, Jobs, JobState, ReleaseRequest
-from fl_server.lock import holding_lock
 from fl_server.orders import Orders
 from fl_server.release import ReleaseResult, Releases
 from fl_server.rollout.keys import load_key
@@ -48,11 +47,8 @@ def run(settings: ServerSettings, directory: Directory) -> None:
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request otherwise
-    with (
-        holding_lock(directory.lock_path),
-        Roster(directory.database_path) as roster,
-        Jobs(directory.database_path) as jobs,
-    ):
+    logging.getLogger("absl").setLevel(logging.ERROR)  # dp-accounting tells each RDP order that it leaves out
+    with Roster(directory.database_path) as roster, Jobs(directory.database_path) as jobs:
         check_port_free(settings.superlink)
         asyncio.run(_serve(settings, directory, roster, jobs))
 

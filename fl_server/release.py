@@ -76,6 +76,7 @@ class Releases:
             fleet=settings.fleet, record_path=directory.path / "published.json", publish=publish
         )
         self._publishing = asyncio.Lock()
+        self._expiring: tuple[str, ...] = ()  # roles whose keys are elsewhere, as last logged
 
     async def release_folder(self, version_dir: Path) -> ModelVersion:
         """Make the version in `version_dir` the champion; `publish` signs and offers it.
@@ -193,8 +194,12 @@ class Releases:
                 self._repository.set_release(model, manifests, now=now)
                 for version in released.values():
                     blobs |= list_blobs(version.directory)
-        for role in self._repository.refresh_expiring(now):
-            logger.warning("the metadata of role %s expires soon; sign it where its key is", role)
+        expiring = self._repository.refresh_expiring(now)
+        if expiring != self._expiring:
+            logger.warning(
+                "metadata expires soon, sign it where its key is: %s", ", ".join(expiring) or "none any more"
+            )
+            self._expiring = expiring
         return build_offer(self._repository.load_metadata()), blobs
 
     def _get_settings(self, model: str) -> ModelSettings:

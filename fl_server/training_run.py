@@ -108,7 +108,6 @@ class TrainingRun:
             ServerError: It cannot begin or go on; what it released stays.
         """
         spec = self._spec = await self._prepare()
-        self._absent = set(spec.devices)
         await self._services.announcer.announce(spec, is_open=True)
         try:
             await self._drive_to_end(spec)
@@ -199,7 +198,7 @@ class TrainingRun:
         command = (sys.executable, "-m", "fl_server.rounds", str(self._run_dir))
         kills = 0
         while True:
-            concluded = self._concluded
+            concluded, self._absent = self._concluded, set(spec.devices)
             async with running(f"driver of run {spec.run}", command, log_path=log_path, piped=True) as driver:
                 await self.wake_absent()
                 is_done = await self._follow(spec, driver)

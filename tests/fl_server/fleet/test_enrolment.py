@@ -41,9 +41,7 @@ def test_node_key_is_a_private_p384_key_whose_public_half_is_on_the_roster(roste
     assert load_ssh_public_key(roster.list_devices()[0].public_key) == key.public_key()
 
 
-@pytest.mark.parametrize(
-    "device_id", ["", "a+b", "#", "a/b", "a\0b", "x" * 10_000, "gerät", "..", "-a", "a b", "a\n"]
-)
+@pytest.mark.parametrize("device_id", ["", "a+b", "#", "a/b", "a\0b", "x" * 10_000, "gerät", "..", "-a", "a b", "a\n"])
 def test_id_that_could_not_stand_in_a_topic_is_refused(roster, tmp_path, device_id):
     with pytest.raises(RosterError, match="device id"):
         enroll_device(roster, FEDERATION, device_id=device_id, model="digits", out_dir=tmp_path / "bundle")

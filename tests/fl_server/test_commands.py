@@ -1,0 +1,107 @@
+import json
+import subprocess
+
+import pytest
+
+from fl_server.__main__ import build_parser
+from fl_server.registry.registry import Registry
+from models.contract.manifest import parse_manifest
+from tests.simulators.federation import DEFINITION, Federation, run_command
+
+COMMANDS = ["init", "run", "enroll", "revoke", "devices", "package", "release", "train"]
+
+
+@pytest.fixture
+def federation(tmp_path, template):
+    with Federation(tmp_path / "federation", template, broker_port=1) as federation:
+        yield federation
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], code: int, text: str) -> None:
+    assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
+    assert text in done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args([command, "--help"])
+    assert ended.value.code == 0
+    assert f"fl-server {command}" in capsys.readouterr().out
+
+
+def test_no_command_or_an_unknown_one_is_bad_usage():
+    assert run_command().returncode == 2
+    assert run_command("dance").returncode == 2
+
+
+def test_init_enroll_revoke_and_devices(federation):
+    done = federation.command("enroll", "device-1", "--out", str(federation.directory / "bundle"))
+    assert done.returncode == 0
+    assert "device-1" in done.stdout
+    [device] = json.loads(federation.command("devices", "--json").stdout)
+    assert (device["device"], device["state"], device["trains"]) == ("device-1", "new", False)
+    assert federation.command("revoke", "device-1").returncode == 0
+    assert "revoked" in federation.command("devices").stdout
+    assert_refused(federation.command("revoke", "device-1"), 1, "device-1")
+
+
+def test_refusals_are_one_line(federation, tmp_path):
+    out = str(tmp_path / "bundle")
+    assert_refused(run_command("init", str(federation.directory)), 2, "not an empty folder")
+    assert_refused(federation.command("enroll", "a/b", "--out", out), 1, "a/b")
+    assert federation.command("enroll", "device-1", "--out", out).returncode == 0
+    assert_refused(federation.command("enroll", "device-1", "--out", out + "2"), 1, "enrolled already")
+    assert_refused(federation.command("enroll", "device-2", "--out", out), 2, "not an empty folder")
+    assert_refused(federation.command("release", str(tmp_path)), 2, "manifest.json")
+    assert_refused(federation.command("train", "heart"), 2, "models.heart")
+    assert_refused(federation.command("train", "sides", "--epsilon", "0"), 2, "epsilon")
+    assert_refused(federation.command("train", "sides", "--rounds", "0"), 2, "rounds")
+    assert federation.command("train", "sides", "--epsilon", "much").returncode == 2
+    assert_refused(federation.command("package", "nothing.py:definition", "--out", out + "3"), 2, "nothing.py")
+    assert_refused(run_command("devices", "--config", str(tmp_path / "no.toml")), 2, "no.toml")
+
+
+def test_enrolling_needs_a_model_when_none_is_configured(tmp_path):
+    directory = tmp_path / "federation"
+    assert run_command("init", str(directory)).returncode == 0
+    config = ("--config", str(directory / "fl-server.toml"))
+    out = str(tmp_path / "bundle")
+    assert_refused(run_command("enroll", "device-1", "--out", out, *config), 2, "--model")
+    assert run_command("enroll", "device-1", "--out", out, "--model", "heart", *config).returncode == 0
+
+
+def test_job_without_a_coordinator_is_queued_and_says_so(federation):
+    done = federation.command("release", str(federation.directory / "v1"), "--no-wait")
+    assert done.returncode == 0
+    assert "queued" in done.stdout
+    assert "fl-server run" in done.stderr
+
+
+def test_packaging_numbers_versions_after_the_registry_and_reuses_the_architecture(federation):
+    with Registry(federation.directory / "registry") as registry:
+        registry.create_model_version(federation.directory / "v1")
+    out = federation.directory / "v2"
+    done = federation.command("package", f"{federation.directory / 'sides.py'}:definition", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    first = parse_manifest((federation.directory / "v1" / "manifest.json").read_bytes())
+    second = parse_manifest((out / "manifest.json").read_bytes())
+    assert second.version == 2
+    assert second.files["train_step.onnx"] == first.files["train_step.onnx"]
+    assert second.quality.samples == 64
+
+
+def test_packaging_a_definition_that_no_longer_fits_the_architecture_is_refused(federation):
+    (federation.directory / "sides.py").write_text(DEFINITION.replace('"left"', '"gauche"'))
+    out = str(federation.directory / "v2")
+    done = federation.command("package", f"{federation.directory / 'sides.py'}:definition", "--out", out)
+    assert_refused(done, 2, "another definition")
+
+
+def test_packaging_without_a_federation_makes_version_1_without_a_measured_quality(tmp_path):
+    (tmp_path / "sides.py").write_text(DEFINITION)
+    done = run_command("package", "sides.py:definition", "--out", "v1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "no calibration data" in done.stderr
+    manifest = parse_manifest((tmp_path / "v1" / "manifest.json").read_bytes())
+    assert (manifest.version, manifest.quality) == (1, None)

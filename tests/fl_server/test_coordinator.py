@@ -1,0 +1,227 @@
+import json
+import os
+import signal
+import sqlite3
+import time
+
+import paho.mqtt.client
+import paho.mqtt.publish
+import paho.mqtt.subscribe
+import psutil
+import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from fl_server.fleet.roster import Roster
+from fl_server.jobs import Jobs, JobState
+from fl_server.registry.registry import Registry
+from models.contract.encoding import build_json
+from models.contract.envelope import RunNotice, WakeCommand, open_envelope
+from models.contract.manifest import parse_manifest
+from models.contract.messages import Event, EventKind, Status
+from models.contract.offer import parse_offer
+from tests.simulators.federation import FLEET, MODEL, Federation
+from tests.simulators.mosquitto import Mosquitto
+from tests.simulators.waiting import wait_until
+
+EVENT = Event(id="event-1", sent_at=1.0, kind=EventKind.UPDATED, message="version 2 is active")
+
+
+@pytest.fixture
+def broker(tmp_path):
+    with Mosquitto(tmp_path) as broker:
+        yield broker
+
+
+@pytest.fixture
+def federation(tmp_path, template, broker):
+    with Federation(tmp_path / "federation", template, broker_port=broker.port) as federation:
+        yield federation
+
+
+def publish(broker: Mosquitto, topic: str, payload: bytes) -> None:
+    protocol = paho.mqtt.client.MQTTv5
+    paho.mqtt.publish.single(topic, payload, qos=1, port=broker.port, protocol=protocol)
+
+
+def read_retained(broker: Mosquitto, topic: str) -> bytes:
+    """Return what is retained under `topic`, which must come to be."""
+    return bytes(paho.mqtt.subscribe.simple(topic, port=broker.port).payload)
+
+
+def wait_for_job(federation: Federation, job: int):
+    with Jobs(federation.directory / "coordinator.db") as jobs:
+        wait_until(lambda: jobs.get(job).is_over, f"the end of job {job}", timeout_s=90)
+        return jobs.get(job)
+
+
+def open_signed(federation: Federation, data: bytes, kind: type, audience: str):
+    key = load_pem_private_key((federation.directory / "keys/online/orders.pem").read_bytes(), None).public_key()
+    return open_envelope(data, kind, key=key, fleet=FLEET, audience=audience, now_s=time.time())
+
+
+def test_end_leaves_no_child_behind(federation):
+    federation.start()
+    federation.wait_for_log("started superlink")
+    children = federation.find_children()
+    assert children
+    assert federation.stop() == 0
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_killed_coordinator_takes_its_superlink_with_it_and_starts_again(federation):
+    federation.start()
+    federation.wait_for_log("started superlink")
+    [superlink] = federation.find_children()
+    federation.kill()
+    wait_until(lambda: not superlink.is_running(), "the end of the SuperLink")
+    federation.start()
+    done = federation.command("release", str(federation.directory / "v1"))
+    assert done.returncode == 0, done.stderr
+    [other] = federation.find_children()
+    assert other.pid != superlink.pid
+
+
+def test_superlink_that_dies_is_started_again(federation):
+    federation.start()
+    federation.wait_for_log("started superlink")
+    [superlink] = federation.find_children()
+    superlink.kill()
+    federation.wait_for_log("superlink is started again")
+    wait_until(
+        lambda: [child for child in federation.find_children() if child.pid != superlink.pid], "another SuperLink"
+    )
+
+
+def test_second_coordinator_in_one_directory_is_refused(federation):
+    federation.start()
+    federation.wait_for_log("started superlink")
+    done = federation.command("run")
+    assert done.returncode == 1
+    assert "running" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_released_version_is_offered_and_offered_again_after_the_broker_lost_it(federation, broker):
+    federation.start()
+    done = federation.command("release", str(federation.directory / "v1"), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["version"] == 1
+    manifest_digest = json.loads(done.stdout)["digest"]
+    topics = [f"fl/v1/{FLEET}/offer", f"fl/v1/{FLEET}/blob/{manifest_digest}/0"]
+    before = [read_retained(broker, topic) for topic in topics]
+    assert f"releases/{MODEL}/champion/manifest.json" in str(parse_offer(before[0]))
+    assert parse_manifest(before[1]).version == 1
+    broker.restart()
+    assert [read_retained(broker, topic) for topic in topics] == before
+
+
+def test_events_are_acknowledged_each_time_and_kept_once_amid_junk_and_strangers(federation, broker):
+    federation.start()
+    federation.wait_for_log("connected to the broker")
+    device = federation.add_device("device-1")
+    prefix = f"fl/v1/{FLEET}/device"
+    for channel in ("status", "telemetry", "event"):
+        for junk in (b"", b"{", b"\xff", b"null", b"[" * 5000, bytes(20_000)):
+            publish(broker, f"{prefix}/device-1/{channel}", junk)
+    publish(broker, f"{prefix}/stranger/event", build_json(EVENT))
+    publish(broker, f"{prefix}/stranger/status", build_json(Status(sent_at=1, online=True, agent="1", model=MODEL)))
+    for repetition in (1, 2):
+        device.say(EVENT)
+        wait_until(lambda: len(device.acknowledged) == repetition, "an acknowledgement")  # noqa: B023
+    assert device.acknowledged == ["event-1", "event-1"]
+    with Roster(federation.directory / "coordinator.db") as roster:
+        assert roster.list_events("device-1") == [EVENT]
+        assert roster.list_events("stranger") == []
+        assert [found.device_id for found in roster.list_devices()] == ["device-1"]
+        assert roster.list_devices()[0].status.online
+
+
+def test_jobs_that_cannot_be_done_fail_with_one_line(federation):
+    federation.start()
+    assert federation.command("release", str(federation.directory / "v1")).returncode == 0
+    done = federation.command("train", MODEL)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "no device" in done.stderr
+    (federation.directory / "v1" / "evaluate.onnx").write_bytes(b"tampered")
+    with sqlite3.connect(federation.directory / "registry" / "index.db") as index:
+        index.execute("DELETE FROM aliases")
+        index.execute("DELETE FROM versions")
+    done = federation.command("release", str(federation.directory / "v1"))
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "digest" in done.stderr
+
+
+def test_graphs_cannot_be_released_where_their_key_is_not(federation):
+    (federation.directory / "keys/offline/graphs.pem").unlink()
+    federation.start()
+    done = federation.command("release", str(federation.directory / "v1"))
+    assert (done.returncode, done.stderr.splitlines()[-1].count("graphs.pem")) == (1, 1)
+    with Registry(federation.directory / "registry") as registry:
+        assert registry.search_registered_models() in ([], [MODEL])
+
+
+def test_run_trains_in_rounds_and_releases_what_is_better(federation, broker):
+    federation.start()
+    devices = [federation.add_device(f"device-{number}", fraction=0.7) for number in (1, 2)]
+    assert federation.command("release", str(federation.directory / "v1")).returncode == 0
+    done = federation.command("train", MODEL, "--rounds", "2", "--epsilon", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [outcome["accepted"] for outcome in result["rounds"]] == [["device-1", "device-2"]] * 2
+    assert [outcome["promoted"] for outcome in result["rounds"]] == [True, False]
+    assert 0 < float(result["rounds"][0]["epsilon"]) < float(result["epsilon"]) <= 8
+    with Registry(federation.directory / "registry") as registry:
+        champion = registry.get_model_version_by_alias(MODEL, "champion")
+        manifest = champion.load_manifest()
+        assert (champion.version, champion.run, champion.round) == (2, result["run"], 1)
+        assert registry.get_model_version_by_alias(MODEL, "previous").version == 1
+    assert manifest.lineage.parent_version == 1
+    assert manifest.privacy.expected_cohort == 2
+    assert str(manifest.privacy.epsilon) == result["rounds"][0]["epsilon"]
+    offer = parse_offer(read_retained(broker, f"fl/v1/{FLEET}/offer"))
+    assert champion.manifest_digest in str(offer)
+    notice = open_signed(federation, read_retained(broker, f"fl/v1/{FLEET}/run/{MODEL}"), RunNotice, "device-1")
+    assert (notice.state, notice.run) == ("closed", result["run"])
+    for device in devices:
+        command = open_signed(federation, device.received[0][1], WakeCommand, device.device_id)
+        assert command.run == result["run"]
+        assert command.expires_at - command.issued_at <= 60
+        assert command.poll_interval_ms >= 200
+    second = federation.command("train", MODEL, "--rounds", "1", "--epsilon", "4", "--json")
+    assert second.returncode == 0, second.stderr
+    spent = float(json.loads(second.stdout)["epsilon"]) - float(result["rounds"][0]["epsilon"])
+    assert 3.5 < spent <= 4  # the champion's own epsilon is added: the same records may be in both runs
+
+
+def test_run_goes_on_after_a_kill_of_the_coordinator_and_no_round_is_released_twice(federation):
+    federation.start()
+    device = federation.add_device("device-1", fraction=0.3)
+    assert federation.command("release", str(federation.directory / "v1")).returncode == 0
+    assert federation.command("train", MODEL, "--rounds", "4", "--no-wait").returncode == 0
+    for killed_after in ("round 1/4", "round 2/4"):
+        federation.wait_for_log(killed_after)
+        federation.kill()
+        federation.start()
+    job = wait_for_job(federation, 2)
+    assert job.state is JobState.DONE, job.result
+    result = json.loads(job.result)
+    assert [outcome["round"] for outcome in result["rounds"]] == [1, 2, 3, 4]
+    assert all(outcome["accepted"] == ["device-1"] for outcome in result["rounds"])
+    with Registry(federation.directory / "registry") as registry:
+        made = [(version.run, version.round) for version in registry.search_model_versions(MODEL)[1:]]
+    assert len(made) == len(set(made))
+    assert [round_ for _, round_ in made] == [o["round"] for o in result["rounds"] if o["promoted"]]
+    assert {command["run"] for command in device.wakes} == {result["run"]}
+
+
+def test_killed_driver_is_started_again_and_missing_devices_are_woken_again(federation):
+    federation.start()
+    device = federation.add_device("device-1", fraction=0.3)
+    assert federation.command("release", str(federation.directory / "v1")).returncode == 0
+    assert federation.command("train", MODEL, "--rounds", "3", "--no-wait").returncode == 0
+    federation.wait_for_log("1 of 1 devices joined")
+    [driver] = [child for child in federation.find_children() if "fl_server.rounds" in child.cmdline()]
+    os.kill(driver.pid, signal.SIGKILL)
+    device.kill_teacher()
+    assert wait_for_job(federation, 2).state is JobState.DONE
+    assert len(device.wakes) > 1

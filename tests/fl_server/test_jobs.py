@@ -1,0 +1,65 @@
+from decimal import Decimal
+
+import pytest
+
+from fl_server.errors import ServerError
+from fl_server.jobs import Jobs, JobState, ReleaseRequest, TrainRequest
+from models.contract.privacy import TrainingPlan
+
+TRAIN = TrainRequest(
+    model="digits",
+    epsilon=Decimal(8),
+    delta=Decimal("0.001"),
+    sampling_rate=Decimal("0.25"),
+    clipping_norm=Decimal(1),
+    training=TrainingPlan(rounds=3, steps=5, expected_batch=Decimal(32), learning_rate=Decimal("0.5")),
+)
+RELEASE = ReleaseRequest(version_dir="/v1")
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    with Jobs(tmp_path / "coordinator.db") as jobs:
+        yield jobs
+
+
+def test_request_comes_back_as_it_was_asked(jobs):
+    assert jobs.get(jobs.add(TRAIN)).request == TRAIN
+    assert jobs.get(jobs.add(RELEASE)).request == RELEASE
+
+
+def test_jobs_are_done_in_order_and_an_interrupted_one_goes_on_first(jobs):
+    first, second = jobs.add(RELEASE), jobs.add(TRAIN)
+    assert jobs.find_next().job == first
+    jobs.save_state(second, JobState.RUNNING)
+    assert jobs.find_next().job == second
+    jobs.save_state(second, JobState.DONE, "{}")
+    jobs.save_state(first, JobState.FAILED, "no such folder")
+    assert jobs.find_next() is None
+    assert (jobs.get(first).result, jobs.get(second).result) == ("no such folder", "{}")
+    assert jobs.get(first).is_over
+
+
+def test_lines_of_a_job_are_read_from_where_a_reader_was(jobs, tmp_path):
+    job, other = jobs.add(TRAIN), jobs.add(TRAIN)
+    jobs.add_line(job, "one")
+    jobs.add_line(other, "not mine")
+    with Jobs(tmp_path / "coordinator.db") as reader:
+        [(seen, line)] = reader.list_lines(job)
+        assert line == "one"
+        jobs.add_line(job, "two")
+        assert [line for _, line in reader.list_lines(job, after=seen)] == ["two"]
+
+
+def test_unknown_job_is_an_error(jobs):
+    with pytest.raises(ServerError, match="no job 7"):
+        jobs.get(7)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"epsilon": Decimal(0)}, {"delta": Decimal(1)}, {"sampling_rate": Decimal(2)}, {"model": "a/b"}]
+)
+def test_request_out_of_range_is_refused(changed):
+    fields = {name: getattr(TRAIN, name) for name in TrainRequest.__dataclass_fields__}
+    with pytest.raises(ValueError, match=str(next(iter(changed)))):
+        TrainRequest(**{**fields, **changed})
