@@ -45,7 +45,8 @@ class AgentProcess:
             f'state_dir = "state"\ntuf_root_path = "root.json"\n'
             f'[http]\nport = {self.port}\nuds = "{self.uds_path}"\n[broker]\nport = {broker_port}\nkeepalive_s = 5\n{extra}'
         )
-        self.process: subprocess.Popen[str] | None = None
+        self.log_path = directory / "agent.log"
+        self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -64,12 +65,13 @@ class AgentProcess:
         return self.process.pid
 
     def start(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "edge_agent", "run", "--config", str(self.config_path)],
-            cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-            text=True,
-        )
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "edge_agent", "run", "--config", str(self.config_path)],
+                cwd=REPOSITORY,
+                env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+                stderr=log,
+            )
         wait_until(self.is_live, "the agent to answer")
 
     def kill(self) -> None:
@@ -81,7 +83,7 @@ class AgentProcess:
 
     def is_live(self) -> bool:
         assert self.process is not None
-        assert self.process.poll() is None, "the agent has ended"
+        assert self.process.poll() is None, self.log_path.read_text()
         try:
             return httpx.get(f"{self.url}/v2/health/live").is_success
         except httpx.TransportError:

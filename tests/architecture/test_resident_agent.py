@@ -1,0 +1,65 @@
+"""Serving needs no training stack: the resident agent lives where torch, flwr and safetensors cannot be imported."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.simulators.agent import AgentProcess, install_version
+from tests.simulators.waiting import wait_until
+
+REPOSITORY = Path(__file__).parents[2]
+BLOCKED = ("torch", "flwr", "safetensors", "opacus", "grpc", "onnx", "pydantic")
+PRELUDE = f"""
+import sys
+for name in {BLOCKED!r}:
+    sys.modules[name] = None  # importing it raises ImportError
+"""
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    code = f"{PRELUDE}\nfrom edge_agent.__main__ import main\nsys.exit(main({arguments!r}))"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, text=True
+    )
+
+
+def test_agent_serves_with_the_training_stack_blocked(tmp_path: Path) -> None:
+    device = AgentProcess(tmp_path)
+    device.state_dir.mkdir()
+    install_version(device.state_dir)
+    process = start(["run", "--config", str(device.config_path)])
+
+    def is_ready() -> bool:
+        assert process.poll() is None, "the agent has ended"
+        try:
+            return httpx.get(f"{device.url}/v2/health/ready").is_success
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_until(is_ready, "the agent to serve")
+        asking = start(["status", "--uds", str(device.uds_path)])
+        assert asking.wait(30) == 0
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize("module", ["edge_agent.agent", "edge_agent.updates.fetcher", "edge_agent.training.ledger"])
+def test_what_the_agent_may_import_later_is_free_of_the_training_stack(module: str) -> None:
+    code = f"{PRELUDE}\nimport {module}\nassert not [name for name in {BLOCKED!r} if sys.modules.get(name)]"
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=True
+    )
+
+
+def test_signing_library_is_loaded_only_when_an_offer_comes() -> None:
+    code = "import sys, edge_agent.agent; assert 'tuf' not in sys.modules and 'asyncio' in sys.modules"
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=True
+    )

@@ -1,0 +1,65 @@
+"""A model is changed for another while requests are under way, and none of them fails."""
+
+import asyncio
+import http.client
+import json
+from pathlib import Path
+
+from edge_agent.http.app import App, Device
+from edge_agent.http.server import HttpServer, bind_sockets
+from edge_agent.inference.engine import Engine, load_model
+from tests.simulators.agent import find_free_port
+from tests.simulators.tiny_models import FEATURES, save_version
+
+REQUESTS = 400
+BODY = json.dumps(
+    {"inputs": [{"name": "features", "shape": [1, FEATURES], "datatype": "FP32", "data": [1.0] * FEATURES}]}
+)
+
+
+def ask_all(port: int, seen: list[tuple[int, float]]) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    for _ in range(REQUESTS):
+        connection.request("POST", "/v2/models/tiny/infer", BODY)
+        answer = connection.getresponse()
+        document = json.loads(answer.read())
+        assert answer.status == 200, document
+        seen.append((int(document["model_version"]), document["outputs"][0]["data"][0]))
+
+
+def test_no_request_fails_and_every_answer_is_of_the_version_it_names(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        engine, port = Engine(), find_free_port()
+        device = Device(
+            agent_version="1",
+            get_model=lambda: engine.active,
+            add_samples=lambda samples: [],
+            get_status=dict,
+            get_privacy=dict,
+            get_metrics=str,
+            record_latency=lambda seconds: None,
+            record_failure=lambda: None,
+        )
+        manifests = [save_version(tmp_path / str(version), version=version) for version in (1, 2)]
+        engine.activate(load_model(tmp_path / "1", manifests[0]))
+        sockets = bind_sockets("127.0.0.1", port, tmp_path / "s")
+        server = HttpServer(App(device, uds_path=tmp_path / "s", host="127.0.0.1"), sockets)
+        serving = asyncio.create_task(server.serve())
+        await server.wait_listening()
+        seen: list[tuple[int, float]] = []
+        asking = [asyncio.create_task(asyncio.to_thread(ask_all, port, seen)) for _ in range(3)]
+        swaps = 0
+        while not all(task.done() for task in asking):
+            manifest = manifests[(swaps + 1) % 2]
+            model = await asyncio.to_thread(load_model, tmp_path / str(manifest.version), manifest)
+            engine.activate(model)
+            swaps += 1
+        await asyncio.gather(*asking)
+        server.stop()
+        await serving
+        assert len(seen) == 3 * REQUESTS
+        assert swaps > 5
+        assert {version for version, _ in seen} == {1, 2}
+        assert all(value == version * FEATURES for version, value in seen)
+
+    asyncio.run(scenario())
