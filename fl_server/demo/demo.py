@@ -160,7 +160,7 @@ def _build_row(outcome: dict[str, Any]) -> VersionRow:
         round=outcome["round"],
         metric=float(outcome["value"]),
         epsilon=float(outcome["epsilon"]),
-        bytes_pushed=outcome["bytes_pushed"],
+        bytes_pushed=outcome["bytes_pushed"] if outcome["promoted"] else 0,
         promoted=outcome["promoted"],
     )
 

@@ -156,7 +156,7 @@ def _build_page(report: Report, document: Mapping[str, Any]) -> str:
         f"<style>{_STYLE}</style><h1>{html.escape(report.model)}: learned on devices, released live</h1>"
         f"<p>{len(report.per_device)} devices trained in private for {report.seconds:.0f} s; no sample left any of them."
         f' Delta {report.delta:g}.</p><div class="cards">{card_html}</div>'
-        f"<h2>{html.escape(report.metric_name).capitalize()} and privacy by version</h2>{_plot_versions(report)}"
+        f"<h2>{html.escape(report.metric_name).capitalize()} and privacy by round</h2>{_plot_versions(report)}"
         f"<h2>Request latency across the swaps</h2>{_plot_latency(report)}"
         f"<h2>Versions</h2><table><tr><th>version</th><th>round</th><th>{html.escape(report.metric_name)}</th>"
         f"<th>epsilon</th><th>bytes a device fetched</th><th>released</th></tr>{rows}</table>"
@@ -175,11 +175,11 @@ def _plot_versions(report: Report) -> str:
         face = _COLOURS["metric"] if row.promoted else "white"
         axis.plot(row.round, row.metric, "o", color=_COLOURS["metric"], markerfacecolor=face, markersize=8)
         if row.version is not None:
-            axis.annotate(f"v{row.version}", (row.round, row.metric), (0, -16), textcoords="offset points", ha="center")
-    axis.set(xlabel="round", ylim=(0, 1.05), xticks=rounds)
+            axis.annotate(f"v{row.version}", (row.round, row.metric), (0, 9), textcoords="offset points", ha="center")
+    axis.set(xlabel="round", ylim=(0, 1.12), xticks=rounds)
     axis.set_ylabel(f"{report.metric_name}, server's held-out data", color=_COLOURS["metric"])
     twin = axis.twinx()
-    twin.step(rounds, [row.epsilon for row in report.versions], where="post", color=_COLOURS["epsilon"], linestyle="--")
+    twin.plot(rounds, [row.epsilon for row in report.versions], color=_COLOURS["epsilon"], linestyle="--")
     twin.set_ylim(0, max(1.0, report.epsilon * 1.25))
     twin.set_ylabel("epsilon spent", color=_COLOURS["epsilon"])
     for side in (axis, twin):

@@ -1,0 +1,115 @@
+"""The whole loop as users run it: broker, coordinator, SuperLink and agents as real processes, and kills."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.client import AgentClient
+from edge_agent.training.ledger import parse_ledger
+from fl_server.demo.federation import LocalDevice, LocalFederation
+from fl_server.demo.load import Client, LoadGenerator
+from models.definitions import digits
+
+DEVICES, ROUNDS = 3, 2
+DEFINITION = "models.definitions.digits:definition"
+SPLITS = digits.load_splits(DEVICES, 0)
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Iterator[LocalFederation]:
+    """Three devices with samples of their own, all on version 1."""
+    with LocalFederation(
+        tmp_path / "federation", definition=DEFINITION, model="digits", validation=validation()
+    ) as federation:
+        federation.start_broker()
+        federation.enroll(DEVICES)
+        federation.start_coordinator()
+        federation.start_devices()
+        for device, samples in zip(federation.devices, SPLITS.devices, strict=True):
+            federation.wait_until(device.socket_path.exists, f"the socket of {device.device_id}")
+            device.ingest(samples.x[:60], samples.y[:60])
+        package(federation, tmp_path / "v1")
+        federation.fl_server("release", str(tmp_path / "v1"))
+        federation.wait_until(lambda: federation.all_serve(1), "all devices to serve version 1")
+        yield federation
+
+
+def test_devices_learn_and_serve_what_was_learnt_through_kills_of_everything(federation: LocalFederation) -> None:
+    clients = [Client(device.port, "digits", "image") for device in federation.devices]
+    load = LoadGenerator(clients, SPLITS.test.x, requests_per_s=50)
+    with training(federation) as command:
+        wait_for_an_update(federation, round_number=1)
+        kill_coordinator_and_restart(federation)
+        wait_for_an_update(federation, round_number=2)
+        assert federation.broker is not None
+        federation.broker.kill()
+        federation.start_broker()
+        result = finish(command)
+    champion = max(outcome["version"] for outcome in result["rounds"] if outcome["promoted"])
+    federation.wait_until(lambda: federation.all_serve(champion), f"all devices to serve version {champion}")
+    load.close()
+
+    assert champion >= 2
+    assert [answer for answer in load.answers if answer.version is None] == []
+    assert [outcome["round"] for outcome in result["rounds"]] == [1, 2]
+    for device in federation.devices:
+        entries = parse_ledger((device.config_path.parent / "state/training/ledger.jsonl").read_bytes())[0]
+        rounds = [entry.round for entry in entries]
+        assert rounds == sorted(set(rounds)), "a round was paid for twice"
+        with AgentClient(device.socket_path) as agent:
+            (spent,) = agent.get("/v1/privacy")["spent"]
+        assert spent["rounds"] == ROUNDS
+        assert 0 < float(spent["epsilon"]) <= float(result["epsilon"]) <= 8
+    crash_and_recover(federation, federation.devices[0], champion)
+
+
+def crash_and_recover(federation: LocalFederation, device: LocalDevice, version: int) -> None:
+    assert device.agent is not None
+    device.agent.kill()
+    device.start()
+    federation.wait_until(lambda: device.get_version("digits") == version, "the killed agent to serve again")
+
+
+@contextmanager
+def training(federation: LocalFederation) -> Iterator[subprocess.Popen[str]]:
+    command, environment = federation.fl_server_command(
+        "train", "digits", "--json", "--rounds", str(ROUNDS), "--steps", "3", "--learning-rate", "0.5"
+    )
+    process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def finish(command: subprocess.Popen[str]) -> dict[str, Any]:
+    output, _ = command.communicate(timeout=120)
+    assert command.returncode == 0
+    document: dict[str, Any] = json.loads(output)
+    return document
+
+
+def wait_for_an_update(federation: LocalFederation, *, round_number: int) -> None:
+    pattern = f"runs/*/rounds/{round_number:04}/updates/*"
+    federation.wait_until(lambda: any(federation.server_dir.glob(pattern)), f"an update of round {round_number}")
+
+
+def kill_coordinator_and_restart(federation: LocalFederation) -> None:
+    assert federation.coordinator is not None
+    federation.coordinator.kill()
+    federation.start_coordinator()
+
+
+def package(federation: LocalFederation, out_dir: Path) -> None:
+    federation.fl_server("package", DEFINITION, "--out", str(out_dir))
+
+
+def validation() -> tuple[Any, Any]:
+    return SPLITS.validation.x, SPLITS.validation.y
