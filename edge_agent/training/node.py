@@ -112,7 +112,7 @@ def _load_key(path: Path) -> EllipticCurvePrivateKey:
     data = path.read_bytes()
     key = (load_ssh_private_key if b"OPENSSH" in data else load_pem_private_key)(data, None)
     if not isinstance(key, EllipticCurvePrivateKey):
-        raise ValueError("the node key is not an elliptic curve key")  # noqa: TRY004 - wrong content, not wrong call
+        raise ValueError("the node key is not an elliptic curve key")
     return key
 
 
@@ -231,6 +231,7 @@ class _Node:
         contents = pull_objects(
             [branch.object_id for branch in iterate_object_tree(tree)],
             make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id),
+            max_concurrent_pulls=1,  # one connection a device; a second was no faster
             max_time=OBJECT_MAX_S,
             initial_backoff=OBJECT_FIRST_RETRY_S,
             backoff_cap=1.0,
@@ -261,6 +262,7 @@ class _Node:
                     self._client.PushObject, self._node, reply.metadata.run_id, pushed.session_id
                 ),
                 object_ids_to_push=set(pushed.objects_to_push),
+                max_concurrent_pushes=1,
             )
 
 

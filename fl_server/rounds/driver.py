@@ -41,6 +41,7 @@ from models.tensors.layout import Vector
 _log = logging.getLogger(__name__)
 
 RETRIES = 3  # of one round, before the run is given up
+SESSIONS_MAX = 10  # lost in one round, before the run is given up: it is the round that breaks them
 POLL_FIRST_S, POLL_GROWTH, POLL_MAX_S = 0.05, 1.3, 0.5
 ONLINE_POLL_S = 0.25
 REOPEN_S = 1.0
@@ -88,7 +89,7 @@ class Driver:
         self._completed = checkpoint.round if checkpoint else 0
         self._parameters = load_parameters(run_dir, self._spec.layout, self._completed)
         self._sequence = 0
-        self._abandoned = 0  # attempts at the round under way
+        self._abandoned = self._sessions = 0  # of the round under way
         self._is_permitted = checkpoint is None
         if checkpoint:
             self._conclude(checkpoint)
@@ -100,18 +101,19 @@ class Driver:
             RunError: Too few devices came, a round was abandoned too often, or the SuperLink stays away.
             StoppedError: The coordinator said stop.
         """
-        lost_at: float | None = None
+        away_since: float | None = None
         while self._completed < self._spec.training.rounds:
             try:
                 with self._open_session() as session:
-                    lost_at = None
+                    away_since, self._sessions = None, self._sessions + 1
                     self._join(session)
                     while self._completed < self._spec.training.rounds:
                         self._advance(session)
             except SessionLostError as error:
                 _log.warning("%s", error)
-                lost_at = lost_at or time.monotonic()
-                if time.monotonic() - lost_at > self._spec.join_timeout_s:
+                away_since = away_since or time.monotonic()
+                away_s = time.monotonic() - away_since
+                if away_s > self._spec.join_timeout_s or self._sessions >= SESSIONS_MAX:
                     raise
                 self._words.pause(REOPEN_S)
         self._emit(Done())
@@ -189,7 +191,8 @@ class Driver:
             missing=tuple(sorted(set(self._spec.devices) - attempt.spool.devices)),
             seconds=attempt.elapsed_s,
         )
-        self._completed, self._abandoned, self._is_permitted = attempt.number, 0, False
+        self._completed, self._is_permitted = attempt.number, False
+        self._abandoned = self._sessions = 0
         self._conclude(checkpoint)
 
     def _conclude(self, checkpoint: Checkpoint) -> None:
