@@ -99,17 +99,16 @@ class AgentProcess:
         return document
 
 
-def install_version(state_dir: Path, version: int = 1) -> None:
+def install_version(state_dir: Path, version: int = 1, *, trainable: bool = False) -> None:
     """Put a tiny version into a slot, as an update does."""
     source = state_dir.parent / f"version-{version}"
-    manifest = save_version(source, version=version)
+    manifest = save_version(source, version=version, trainable=trainable)
+    names = {entry.digest: name for name, entry in manifest.files.items()}
     slots = Slots(state_dir / "slots")
     slots.stage(
         (source / MANIFEST_NAME).read_bytes(),
         manifest.files,
-        lambda entry: iter(
-            [next(f for f in source.glob("*.onnx") if f.stat().st_size == entry.size_bytes).read_bytes()]
-        ),
+        lambda entry: iter([(source / names[entry.digest]).read_bytes()]),
     )
     slots.begin_try()
     slots.commit()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from socket import IPPROTO_TCP, TCP_NODELAY
 from types import TracebackType
 from typing import Any, Self
+from uuid import uuid4
 
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion
@@ -19,10 +20,6 @@ class Seen:
     payload: bytes
     retained: bool
 
-    @property
-    def document(self) -> dict[str, Any]:
-        return json.loads(self.payload)
-
 
 class Observer:
     """Subscribed to `#`; a context that disconnects."""
@@ -30,7 +27,7 @@ class Observer:
     def __init__(self, port: int) -> None:
         self._lock = threading.Lock()
         self._seen: list[Seen] = []
-        self._client = paho.Client(CallbackAPIVersion.VERSION2, "observer", protocol=paho.MQTTv5)
+        self._client = paho.Client(CallbackAPIVersion.VERSION2, f"observer-{uuid4()}", protocol=paho.MQTTv5)
         self._client.on_connect = lambda client, *_: client.subscribe("#", qos=1)
         self._client.on_message = self._note
         self._client.on_socket_open = lambda _client, _data, opened: opened.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
@@ -56,8 +53,17 @@ class Observer:
             return [message for message in self._seen if message.topic.endswith(channel)]
 
     def documents(self, channel: str) -> list[dict[str, Any]]:
-        return [message.document for message in self.seen(channel) if message.payload]
+        """Return what came so far on topics that end with `channel` and is a JSON object."""
+        parsed = (_parse(message.payload) for message in self.seen(channel))
+        return [document for document in parsed if isinstance(document, dict)]
 
     def _note(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
         with self._lock:
             self._seen.append(Seen(message.topic, bytes(message.payload), message.retain))
+
+
+def _parse(payload: bytes) -> object:
+    try:
+        return json.loads(payload)
+    except (ValueError, RecursionError):
+        return None

@@ -7,7 +7,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from models.contract.encoding import build_digest
-from models.contract.manifest import MANIFEST_NAME, FileEntry, ModelManifest, build_manifest
+from models.contract.manifest import MANIFEST_NAME, FileEntry, ModelManifest, TrainingContract, build_manifest
+from models.tensors.layout import Layout
 from models.tensors.spec import TensorSpec
 
 FEATURES = 4
@@ -15,6 +16,12 @@ CLASSES = 3
 INPUT = TensorSpec("features", ("batch", FEATURES), "float32")
 OUTPUT = TensorSpec("logits", ("batch", CLASSES), "float32")
 LABELS = ("low", "middle", "high")
+_TRAINING = TrainingContract(
+    layout=Layout(names=("weight",), shapes=((FEATURES, CLASSES),)),
+    batch=8,
+    target=TensorSpec("label", ("batch",), "int64"),
+    metric="accuracy",
+)
 
 
 def build_graph(scale: float, *, output: str = OUTPUT.name, columns: int = CLASSES) -> onnx.ModelProto:
@@ -31,20 +38,34 @@ def build_graph(scale: float, *, output: str = OUTPUT.name, columns: int = CLASS
 
 
 def save_version(
-    directory: Path, *, version: int = 1, graph: bytes | None = None, model: str = "tiny"
+    directory: Path, *, version: int = 1, graph: bytes | None = None, trainable: bool = False
 ) -> ModelManifest:
-    """Write a version that answers `version` times the sum of the features; return its manifest."""
+    """Write a version that answers `version` times the sum of the features; return its manifest.
+
+    Args:
+        directory: Where to; made if it is not there.
+        version: Its number.
+        graph: Another inference graph.
+        trainable: Whether it claims to hold step graphs; they hold nothing that can be run.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     data = build_graph(version).SerializeToString() if graph is None else graph
-    (directory / "inference.onnx").write_bytes(data)
+    files = {"inference.onnx": data}
+    if trainable:
+        files |= {"train_step.onnx": b"no graph", "evaluate.onnx": b"no graph either"}
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
     manifest = ModelManifest(
-        model=model,
+        model="tiny",
         version=version,
         runtime="onnx",
         inputs=(INPUT,),
         outputs=(OUTPUT,),
         labels=LABELS,
-        files={"inference.onnx": FileEntry(digest=build_digest(data), size_bytes=len(data))},
+        files={
+            name: FileEntry(digest=build_digest(content), size_bytes=len(content)) for name, content in files.items()
+        },
+        training=_TRAINING if trainable else None,
     )
     (directory / MANIFEST_NAME).write_bytes(build_manifest(manifest))
     return manifest

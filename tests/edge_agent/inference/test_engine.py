@@ -79,13 +79,13 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         load_model(tmp_path, manifest)
 
 
-@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("kind", ["file", "hard link"])
 def test_external_data_is_refused_even_as_a_hard_link(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     path = tmp_path / "inference.onnx"
     onnx.save(build_graph(1), str(path), save_as_external_data=True, location="w.bin", size_threshold=0)
-    if link:
+    if kind == "hard link":
         (tmp_path / "w.bin").rename(tmp_path / "secret")
         os.link(tmp_path / "secret", tmp_path / "w.bin")
     manifest = save_version(tmp_path, graph=path.read_bytes())

@@ -52,13 +52,13 @@ async def connected(port: int) -> AsyncIterator[Receiver]:
 
 
 @pytest.fixture
-def broker(tmp_path: Path):
+def broker(tmp_path: Path) -> Iterator[Mosquitto]:
     with Mosquitto(tmp_path) as mosquitto:
         yield mosquitto
 
 
 @pytest.fixture
-def observer(broker: Mosquitto):
+def observer(broker: Mosquitto) -> Iterator[Observer]:
     with Observer(broker.port) as seen:
         yield seen
 

@@ -1,0 +1,251 @@
+"""A whole device against a real broker: killed, cut off, lied to, and told to train."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from models.contract.encoding import build_json
+from models.contract.envelope import WakeCommand, build_envelope
+from models.contract.messages import Ack
+from models.contract.topics import Channel, build_blob_topic, build_device_topic, build_offer_topic, build_run_topic
+from tests.simulators.agent import DEVICE, FLEET, MODEL, REPOSITORY, AgentProcess, install_version
+from tests.simulators.mosquitto import Mosquitto
+from tests.simulators.observer import Observer
+from tests.simulators.waiting import wait_until
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
+COMMAND = build_device_topic(FLEET, DEVICE, Channel.COMMAND)
+FEDERATION = '[federation]\nsuperlink = "127.0.0.1:1"\nca_path = "ca.pem"\nnode_key_path = "node.pem"\n'
+INFER = f"/v2/models/{MODEL}/infer"
+GOOD = {"inputs": [{"name": "features", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Mosquitto]:
+    with Mosquitto(tmp_path) as mosquitto:
+        yield mosquitto
+
+
+@pytest.fixture
+def observer(broker: Mosquitto) -> Iterator[Observer]:
+    with Observer(broker.port) as seen:
+        yield seen
+
+
+def build_device(tmp_path: Path, broker: Mosquitto, *, extra: str = "", trainable: bool = False) -> AgentProcess:
+    device = AgentProcess(tmp_path / "device", broker_port=broker.port, extra=extra)
+    device.state_dir.mkdir()
+    public = KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    (device.state_dir / "coordinator.pem").write_bytes(public)
+    install_version(device.state_dir, trainable=trainable)
+    return device
+
+
+def wait_connected(device: AgentProcess) -> None:
+    wait_until(lambda: device.status()["connected"], "the device to connect")
+
+
+def wait_event(observer: Observer, kind: str, said: str) -> dict:
+    def find() -> list[dict]:
+        return [
+            event for event in observer.documents("event") if event.get("kind") == kind and said in event["message"]
+        ]
+
+    wait_until(find, f"event {kind} that says {said!r}")
+    return find()[0]
+
+
+def build_command(sequence: int, *, key: Ed25519PrivateKey = KEY, run: str = "run-1", model: str = MODEL) -> bytes:
+    now_s = int(time.time())
+    command = WakeCommand(
+        fleet=FLEET,
+        audience=DEVICE,
+        sequence=sequence,
+        issued_at=now_s,
+        expires_at=now_s + 60,
+        model=model,
+        run=run,
+        poll_interval_ms=100,
+        idle_timeout_s=5,
+    )
+    return build_envelope(command, key)
+
+
+def test_status_is_retained_and_the_will_tells_of_a_killed_device(
+    tmp_path: Path, broker: Mosquitto, observer: Observer
+) -> None:
+    with build_device(tmp_path, broker) as device:
+        wait_until(lambda: observer.documents("status"), "the first status")
+        online = observer.documents("status")[-1]
+        assert (online["online"], online["version"], online["slot"], online["trains"]) == (True, 1, "a", False)
+        device.kill()
+        wait_until(lambda: not observer.documents("status")[-1]["online"], "the will")
+        assert observer.documents("status")[-1]["version"] == 1
+        device.start()
+        wait_until(lambda: observer.documents("status")[-1]["online"], "the device to be back")
+    wait_until(lambda: not observer.documents("status")[-1]["online"], "the will of a device that was stopped")
+    with Observer(broker.port) as late:
+        wait_until(lambda: late.documents("status"), "the retained status")
+        assert late.seen("status")[0].retained
+
+
+def test_junk_on_every_topic_is_ignored_and_counted_and_the_model_answers(
+    tmp_path: Path, broker: Mosquitto, observer: Observer
+) -> None:
+    topics = [
+        build_offer_topic(FLEET),
+        build_blob_topic(FLEET, "0" * 64, 0),
+        build_run_topic(FLEET, MODEL),
+        *(build_device_topic(FLEET, DEVICE, channel) for channel in Channel),
+    ]
+    with build_device(tmp_path, broker) as device:
+        wait_connected(device)
+        for topic in topics:
+            for junk in (b"", b"\xff\x00", b"{}", b"[" * 50_000, b'{"payload": 1}', b"null"):
+                observer.publish(topic, junk)
+        wait_until(lambda: device.status()["ignored_messages"] >= 10, "the junk to be counted")
+        observer.publish(COMMAND, build_command(1, model="other"))
+        wait_event(observer, "TRAINING_REFUSED", "only serves")
+        assert httpx.post(device.url + INFER, json=GOOD).is_success
+        assert device.status()["ready"]
+        assert "Traceback" not in device.log_path.read_text()
+
+
+def test_device_serves_while_the_broker_is_gone_and_comes_back(
+    tmp_path: Path, broker: Mosquitto, observer: Observer
+) -> None:
+    with build_device(tmp_path, broker, extra="[telemetry]\ninterval_s = 1\n") as device:
+        wait_connected(device)
+        wait_until(lambda: observer.documents("telemetry"), "telemetry")
+        broker.kill()
+        wait_until(lambda: not device.status()["connected"], "the loss to be noticed")
+        assert httpx.post(device.url + INFER, json=GOOD).is_success
+        wait_until(lambda: device.status()["dropped_messages"] > 0, "lost telemetry to be counted")
+        broker.start()
+        wait_connected(device)
+        with Observer(broker.port) as again:
+            wait_until(lambda: again.documents("telemetry"), "telemetry again")
+            telemetry = again.documents("telemetry")[-1]
+            assert telemetry["rss_mb"] > 10
+            assert telemetry["version"] == 1
+
+
+def test_forged_replayed_and_foreign_commands_are_refused_and_reported(
+    tmp_path: Path, broker: Mosquitto, observer: Observer
+) -> None:
+    with build_device(tmp_path, broker, extra=FEDERATION) as device:
+        wait_connected(device)
+        observer.publish(COMMAND, build_command(5, key=Ed25519PrivateKey.generate()))
+        wait_event(observer, "ORDER_REFUSED", "not the coordinator's")
+        genuine = build_command(5)
+        observer.publish(COMMAND, genuine)
+        refused = wait_event(observer, "TRAINING_REFUSED", "no version that can be trained")
+        assert refused["run"] == "run-1"
+        observer.publish(COMMAND, genuine)
+        wait_event(observer, "ORDER_REFUSED", "comes after command 5")
+        device.kill()
+        device.start()
+        wait_connected(device)
+        observer.publish(COMMAND, build_command(4))
+        wait_event(observer, "ORDER_REFUSED", "4 comes after command 5")
+        observer.publish(COMMAND, build_command(6, model="other"))
+        wait_event(observer, "TRAINING_REFUSED", "not 'other'")
+
+
+def test_training_process_that_dies_is_an_event_and_serving_goes_on(
+    tmp_path: Path, broker: Mosquitto, observer: Observer
+) -> None:
+    with build_device(tmp_path, broker, extra=FEDERATION, trainable=True) as device:
+        wait_connected(device)
+        assert observer.documents("status")[-1]["trains"]
+        observer.publish(COMMAND, build_command(1))
+        ended = wait_event(observer, "TRAINING_ENDED", "the training process ended with exit code")
+        assert ended["run"] == "run-1"
+        assert httpx.post(device.url + INFER, json=GOOD).is_success
+        wait_until(lambda: device.status()["training"] is None, "the run to be over")
+
+
+def test_events_come_again_after_a_kill_until_they_are_acknowledged(
+    tmp_path: Path, broker: Mosquitto, observer: Observer
+) -> None:
+    with build_device(tmp_path, broker) as device:
+        wait_connected(device)
+        broker.kill()
+        wait_until(lambda: not device.status()["connected"], "the loss to be noticed")
+        device.kill()
+        (device.state_dir / "slots" / "a" / "inference.onnx").write_bytes(b"damaged")
+        device.start()
+        wait_until(lambda: device.status()["unsent_events"] == 1, "the event of the damaged slot")
+        device.kill()
+        broker.start()
+        with Observer(broker.port) as again:
+            device.start()
+            event = wait_event(again, "FAILED", "damaged")
+            wait_connected(device)
+            again.publish(build_device_topic(FLEET, DEVICE, Channel.ACK), build_json(Ack(ids=(event["id"],))))
+            wait_until(lambda: device.status()["unsent_events"] == 0, "the event to be acknowledged")
+
+
+def edge_agent(device: AgentProcess, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "edge_agent", *arguments, "--uds", str(device.uds_path)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        input=stdin,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_commands_talk_to_a_running_agent(tmp_path: Path, broker: Mosquitto) -> None:
+    np.savez(tmp_path / "s.npz", x=np.ones((450, 4), np.float32), y=np.zeros(450, np.int64))
+    (tmp_path / "bad.csv").write_text("1,2\n3,x\n")
+    with build_device(tmp_path, broker) as device:
+        assert "450 samples" in edge_agent(device, "ingest", str(tmp_path / "s.npz")).stdout
+        assert json.loads(edge_agent(device, "status", "--json").stdout)["samples"] == 450
+        assert "device-1" in edge_agent(device, "status").stdout
+        assert "Nothing is spent" in edge_agent(device, "privacy").stdout
+        assert json.loads(edge_agent(device, "privacy", "--json").stdout)["spent"] == []
+        lines = edge_agent(device, "predict", "-", stdin="[[1, 2, 3, 4], [0, 0, 0, 1]]").stdout.splitlines()
+        assert lines == ["logits[0] low: 10 10 10", "logits[1] low: 1 1 1"]
+        one_row = edge_agent(device, "predict", "-", "--json", stdin='{"features": [1, 1, 1, 1]}')
+        assert json.loads(one_row.stdout)["outputs"][0]["data"] == [4, 4, 4]
+        for failed, said in (
+            (edge_agent(device, "ingest", str(tmp_path / "bad.csv")), "bad.csv:2"),
+            (edge_agent(device, "predict", "-", stdin="{"), "not JSON"),
+            (edge_agent(device, "predict", "-", stdin="[1, 2]"), "expected shape"),
+            (edge_agent(device, "predict", "-", stdin='{"x": [1]}'), "expected the inputs features"),
+        ):
+            assert failed.returncode == 1
+            assert said in failed.stderr
+            assert len(failed.stderr.splitlines()) == 1
+    gone = edge_agent(device, "status")
+    assert (gone.returncode, len(gone.stderr.splitlines())) == (1, 1)
+    assert "edge-agent run" in gone.stderr
+
+
+def test_second_agent_on_the_same_socket_is_refused(tmp_path: Path, broker: Mosquitto) -> None:
+    with build_device(tmp_path, broker) as device:
+        config = device.config_path.read_text().replace(f"port = {device.port}", "port = 65001")
+        other_path = device.directory / "other.toml"
+        other_path.write_text(config)
+        second = subprocess.run(
+            [sys.executable, "-m", "edge_agent", "run", "--config", str(other_path)],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert second.returncode == 2
+        assert "another agent answers there" in second.stderr
