@@ -1,0 +1,39 @@
+"""Run every `bench_*.py` here, print what it measured, write it all as JSON.
+
+Each module has `run() -> dict[str, float]`; names end in their unit, ratios in `_ratio`.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> int:
+    """Return 0, or 1 if a benchmark broke."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"which: {', '.join(names)}; all without")
+    parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(names):
+        parser.error(f"{min(unknown)!r} is none of {', '.join(names)}")
+    figures: dict[str, dict[str, float]] = {}
+    for name in arguments.names or names:
+        started = time.monotonic()
+        figures[name] = importlib.import_module(f"tests.bench.{name}").run()
+        print(f"\n{name} ({time.monotonic() - started:.0f} s)")
+        for key, value in figures[name].items():
+            print(f"  {key:<48} {value:>12.4g}")
+    if arguments.out:
+        machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()}
+        arguments.out.write_text(json.dumps({"machine": machine, **figures}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
