@@ -93,7 +93,7 @@ def _add_enroll(subparsers: _Subparsers) -> None:
 
 
 def _add_revoke(subparsers: _Subparsers) -> None:
-    parser = _add_with_config(subparsers, "revoke", "exclude a device from now on")
+    parser = _add_with_config(subparsers, "revoke", "exclude a device from every run to come, and ignore what it says")
     parser.add_argument("device_id", metavar="DEVICE_ID")
     parser.set_defaults(execute=commands.run_revoke)
 

@@ -9,12 +9,11 @@ The run directory and the registry hold all of its state: started again, it goes
 
 import asyncio
 import dataclasses
-import math
 import sys
 from asyncio.subprocess import Process
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import ROUND_UP, Decimal
+from decimal import Decimal
 from pathlib import Path
 
 from fl_server.announcer import Announcer
@@ -25,7 +24,7 @@ from fl_server.errors import RunError, ServerError
 from fl_server.fleet.roster import Roster
 from fl_server.jobs import TrainRequest
 from fl_server.packaging.architecture import load_parameters
-from fl_server.privacy.calibration import build_privacy_plan
+from fl_server.plan import build_spec
 from fl_server.privacy.statement import build_statement
 from fl_server.release import Releases
 from fl_server.rounds import run as rounds
@@ -33,16 +32,15 @@ from fl_server.rounds.events import Abandoned, Done, Event, Joined, RoundComplet
 from fl_server.superlink import SuperLink
 from models.contract.encoding import build_json, parse_json
 from models.contract.files import save_atomically
-from models.contract.manifest import PARAMETERS_NAME, TRAIN_STEP_NAME, Lineage, parse_manifest
+from models.contract.manifest import PARAMETERS_NAME, Lineage, parse_manifest
 from models.contract.messages import Event as DeviceEvent
 from models.contract.messages import EventKind
-from models.contract.privacy import PrivacyPlan, TrainingPlan
+from models.contract.privacy import PrivacyPlan
 
 BASE_NAME = "base.json"  # the manifest of the version that the run starts from
 OUTCOME_NAME = "outcome.json"
 DRIVER_RESTARTS = 5  # of one that was killed, without a completed round between; one that reports an error has ended
 DRIVER_PAUSE_S = 1.0
-NORM_ALLOWANCE = 8.0  # an honest step may draw some times the expected batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,34 +157,15 @@ class TrainingRun:
 
     def _create(self, devices: dict[str, int]) -> None:
         champion, architecture = self._services.releases.load_champion(self._request.model)
-        manifest = champion.load_manifest()
-        settings, directory, training = self._services.settings, self._services.directory, self._request.training
         layout = architecture.training.layout
-        privacy = build_privacy_plan(
-            clipping_norm=self._request.clipping_norm,
-            sampling_rate=self._request.sampling_rate,
-            delta=self._request.delta,
-            epsilon=self._request.epsilon,
-            steps=training.steps,
-            rounds=training.rounds,
-        )
-        spec = rounds.RunSpec(
-            fleet=settings.fleet,
-            model=self._request.model,
-            run=self._run,
-            graph_digest=manifest.files[TRAIN_STEP_NAME].digest,
+        spec = build_spec(
+            self._run,
+            self._request,
+            champion=champion.load_manifest(),
             layout=layout,
-            privacy=privacy,
-            training=training,
             devices=devices,
-            quorum=math.ceil(settings.rounds.quorum * len(devices)),
-            deadline_s=settings.rounds.deadline_s,
-            join_timeout_s=settings.rounds.join_timeout_s,
-            superlink=settings.superlink.address,
-            ca_path=str(directory.ca_path),
-            superexec_secret_path=str(directory.superexec_secret_path),
-            order_key_path=str(directory.order_key_path),
-            update_norm_limit=compute_norm_limit(privacy, training, layout.size),
+            settings=self._services.settings,
+            directory=self._services.directory,
         )
         parameters = load_parameters(champion.directory / PARAMETERS_NAME, layout)
         self._run_dir.mkdir(exist_ok=True)
@@ -297,19 +276,6 @@ class TrainingRun:
 
     def _get_outcome_path(self, number: int) -> Path:
         return rounds.build_round_dir(self._run_dir, number) / OUTCOME_NAME
-
-
-def compute_norm_limit(privacy: PrivacyPlan, training: TrainingPlan, size: int) -> Decimal:
-    """Return the L2 norm that an honest update of `size` parameters stays below, but for a negligible chance.
-
-    A step moves by its sum of clipped gradients plus noise of standard deviation z * C in each parameter,
-    divided by the expected batch; momentum stretches what it moves by 1 / (1 - momentum) at most.
-    """
-    clipping_norm, expected_batch = float(privacy.clipping_norm), float(training.expected_batch)
-    signal = NORM_ALLOWANCE * clipping_norm
-    noise = 2 * float(privacy.noise_multiplier) * clipping_norm * math.sqrt(size) / expected_batch
-    step = float(training.learning_rate) * (signal + noise) / (1 - float(training.momentum))
-    return Decimal(training.steps * step).quantize(Decimal("0.000001"), rounding=ROUND_UP)
 
 
 def _read_last_line(path: Path) -> str:

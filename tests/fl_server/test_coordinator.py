@@ -225,3 +225,21 @@ def test_killed_driver_is_started_again_and_missing_devices_are_woken_again(fede
     device.kill_teacher()
     assert wait_for_job(federation, 2).state is JobState.DONE
     assert len(device.wakes) > 1
+
+
+def test_run_survives_kills_of_the_superlink_and_of_the_broker(federation, broker):
+    federation.start()
+    device = federation.add_device("device-1", fraction=0.3)
+    assert federation.command("release", str(federation.directory / "v1")).returncode == 0
+    assert federation.command("train", MODEL, "--rounds", "4", "--no-wait").returncode == 0
+    federation.wait_for_log("round 1/4")
+    [superlink] = [child for child in federation.find_children() if "fl_server.rounds" not in child.cmdline()]
+    superlink.kill()
+    broker.restart()
+    notice = open_signed(federation, read_retained(broker, f"fl/v1/{FLEET}/run/{MODEL}"), RunNotice, "device-1")
+    job = wait_for_job(federation, 2)
+    assert job.state is JobState.DONE, job.result
+    result = json.loads(job.result)
+    assert notice.run == result["run"]
+    assert [outcome["accepted"] for outcome in result["rounds"]] == [["device-1"]] * 4
+    assert device.wakes

@@ -1,0 +1,81 @@
+"""What a run will ask of the fleet, from what an operator asked for; pure but for the accountant's arithmetic."""
+
+import math
+from decimal import ROUND_UP, Decimal
+
+from fl_server.config import ServerSettings
+from fl_server.directory import Directory
+from fl_server.jobs import TrainRequest
+from fl_server.privacy.calibration import build_privacy_plan
+from fl_server.rounds.run import RunSpec
+from models.contract.manifest import TRAIN_STEP_NAME, ModelManifest
+from models.contract.privacy import PrivacyPlan, TrainingPlan
+from models.tensors.layout import Layout
+
+NORM_ALLOWANCE = 8.0  # an honest step may draw some times the expected batch
+
+
+def build_spec(
+    run: str,
+    request: TrainRequest,
+    *,
+    champion: ModelManifest,
+    layout: Layout,
+    devices: dict[str, int],
+    settings: ServerSettings,
+    directory: Directory,
+) -> RunSpec:
+    """Return the specification of `run`, its noise calibrated to the requested epsilon.
+
+    Args:
+        run: Its name.
+        request: What was asked for.
+        champion: The version that the run starts from.
+        layout: Of its parameters.
+        devices: Flower node ids by device id, at least one.
+        settings: The coordinator's.
+        directory: The coordinator's.
+
+    Raises:
+        UsageError: No noise keeps the budget.
+    """
+    training = request.training
+    privacy = build_privacy_plan(
+        clipping_norm=request.clipping_norm,
+        sampling_rate=request.sampling_rate,
+        delta=request.delta,
+        epsilon=request.epsilon,
+        steps=training.steps,
+        rounds=training.rounds,
+    )
+    return RunSpec(
+        fleet=settings.fleet,
+        model=request.model,
+        run=run,
+        graph_digest=champion.files[TRAIN_STEP_NAME].digest,
+        layout=layout,
+        privacy=privacy,
+        training=training,
+        devices=devices,
+        quorum=math.ceil(settings.rounds.quorum * len(devices)),
+        deadline_s=settings.rounds.deadline_s,
+        join_timeout_s=settings.rounds.join_timeout_s,
+        superlink=settings.superlink.address,
+        ca_path=str(directory.ca_path),
+        superexec_secret_path=str(directory.superexec_secret_path),
+        order_key_path=str(directory.order_key_path),
+        update_norm_limit=compute_norm_limit(privacy, training, layout.size),
+    )
+
+
+def compute_norm_limit(privacy: PrivacyPlan, training: TrainingPlan, size: int) -> Decimal:
+    """Return the L2 norm that an honest update of `size` parameters stays below, but for a negligible chance.
+
+    A step moves by its sum of clipped gradients plus noise of standard deviation z * C in each parameter,
+    divided by the expected batch; momentum stretches what it moves by 1 / (1 - momentum) at most.
+    """
+    clipping_norm, expected_batch = float(privacy.clipping_norm), float(training.expected_batch)
+    signal = NORM_ALLOWANCE * clipping_norm
+    noise = 2 * float(privacy.noise_multiplier) * clipping_norm * math.sqrt(size) / expected_batch
+    step = float(training.learning_rate) * (signal + noise) / (1 - float(training.momentum))
+    return Decimal(training.steps * step).quantize(Decimal("0.000001"), rounding=ROUND_UP)
