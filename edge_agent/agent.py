@@ -10,7 +10,6 @@ import importlib.metadata
 import logging
 import signal
 import socket
-import threading
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,16 @@ from typing import Any
 import uvloop
 
 from edge_agent.config import AgentSettings
-from edge_agent.errors import AgentError, RequestError, StalledError
+from edge_agent.errors import AgentError, StalledError
 from edge_agent.http.app import App, Device
 from edge_agent.http.server import HttpServer, bind_sockets
-from edge_agent.inference.backend import Array
 from edge_agent.inference.engine import Engine, load_model
 from edge_agent.link.mqtt import Broker, Link
 from edge_agent.monitor.latency import LatencyHistogram
 from edge_agent.monitor.telemetry import build_metrics, read_rss_mb
 from edge_agent.owner import OwnerStatus, load_privacy_report
 from edge_agent.reporter import Reporter
-from edge_agent.samples.store import SampleStore, open_samples
+from edge_agent.samples.keeper import SampleKeeper
 from edge_agent.updates.installer import Updater, UpdaterSettings
 from edge_agent.wake import TrainingDesk
 from models.contract.encoding import parse_json
@@ -56,8 +54,12 @@ def run_agent(settings: AgentSettings) -> None:
     except OSError as error:
         raise SettingsError(f"{error.filename}: {error.strerror}") from error
     sockets = bind_sockets(settings.http.host, settings.http.port, settings.uds_path)
+    try:
+        agent = Agent(settings, root, sockets)
+    except OSError as error:
+        raise StalledError(f"{error.filename}: {error.strerror}") from error
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(Agent(settings, root, sockets).run())
+        runner.run(agent.run())
 
 
 def find_agent_version() -> str:
@@ -78,8 +80,8 @@ class Agent:
         self._engine = Engine()
         self._latencies = LatencyHistogram()
         self._failures = 0
-        self._store: SampleStore | None = None
-        self._store_lock = threading.Lock()
+        self._samples = SampleKeeper(settings.samples_path)
+        self._stopped = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._offer_topic = build_offer_topic(settings.fleet)
         self._command_topic = build_device_topic(settings.fleet, settings.device_id, Channel.COMMAND)
@@ -103,9 +105,8 @@ class Agent:
 
     async def run(self) -> None:
         """Go through the steps, wait for a signal, and undo them in turn."""
-        stopped = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+            asyncio.get_running_loop().add_signal_handler(number, self._stopped.set)
         steps = (
             ("outbox", self._keep_outbox),
             ("model", self._load_active),
@@ -120,14 +121,14 @@ class Agent:
                 log.debug("step %s", name)
                 await step(stack)
             log.info("%s serves on %s:%d", self._settings.device_id, self._settings.http.host, self._settings.http.port)
-            await stopped.wait()
+            await self._stopped.wait()
             log.info("stopping")
 
     # Steps
 
     async def _keep_outbox(self, stack: contextlib.AsyncExitStack) -> None:
         stack.callback(self._reporter.close)
-        stack.callback(self._close_store)
+        stack.callback(self._samples.close)
 
     async def _load_active(self, _stack: contextlib.AsyncExitStack) -> None:
         version = self._updater.current()
@@ -144,6 +145,7 @@ class Agent:
         app = App(self._describe_device(), uds_path=self._settings.uds_path, host=self._settings.http.host)
         server = HttpServer(app, self._sockets)
         serving = asyncio.create_task(server.serve())
+        serving.add_done_callback(lambda _task: self._stopped.set())  # an agent that cannot serve ends
 
         async def drain() -> None:
             server.stop()
@@ -188,22 +190,6 @@ class Agent:
     def _try_version(self, directory: Path, manifest: ModelManifest) -> None:
         self._engine.activate(load_model(directory, manifest))
 
-    def _add_samples(self, samples: Sequence[tuple[Array, Array]]) -> list[int]:
-        try:
-            return self._open_store().add(samples)
-        except StalledError as error:
-            raise RequestError(str(error), status=507) from error
-
-    def _open_store(self) -> SampleStore:
-        with self._store_lock:
-            if self._store is None:  # on the first sample: a disk that is full then must not keep a model from serving
-                self._store = open_samples(self._settings.samples_path)
-            return self._store
-
-    def _close_store(self) -> None:
-        if self._store is not None:
-            self._store.close()
-
     def _build_owner_status(self) -> OwnerStatus:
         settings, current, model = self._settings, self._updater.current(), self._engine.active
         return OwnerStatus(
@@ -217,7 +203,7 @@ class Agent:
             update=self._updater.phase,
             connected=self._link.connected,
             training=self._training.run,
-            samples=self._open_store().count(),
+            samples=self._samples.count(),
             unsent_events=self._reporter.count_unsent(),
             ignored_messages=self._reporter.ignored,
             dropped_messages=self._reporter.count_dropped(),
@@ -242,7 +228,7 @@ class Agent:
         return Device(
             agent_version=self._version,
             get_model=lambda: self._engine.active,
-            add_samples=self._add_samples,
+            add_samples=self._samples.add,
             get_status=self._build_owner_status,
             get_privacy=lambda: load_privacy_report(self._settings),
             get_metrics=self._build_metrics,

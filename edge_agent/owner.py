@@ -21,7 +21,7 @@ class OwnerStatus:
         ready: Whether a model answers.
         connected: Whether the broker has accepted this device.
         training: The run that a training process is working for.
-        samples: How many the device keeps.
+        samples: How many the device keeps; None if their file cannot be opened.
         unsent_events: Not acknowledged by the coordinator yet.
         ignored_messages: That were not what their topic says.
         dropped_messages: Telemetry and events lost, to a full queue or a broker that was away.
@@ -37,7 +37,7 @@ class OwnerStatus:
     update: str
     connected: bool
     training: str | None
-    samples: int
+    samples: int | None
     unsent_events: int
     ignored_messages: int
     dropped_messages: int

@@ -4,11 +4,12 @@ import asyncio
 import logging
 import time
 import uuid
-from typing import Literal, cast
+from pathlib import Path
 
 from edge_agent.config import AgentSettings
+from edge_agent.errors import StalledError
 from edge_agent.link.mqtt import Link, Publication
-from edge_agent.link.outbox import open_outbox
+from edge_agent.link.outbox import Outbox, open_outbox
 from edge_agent.monitor.latency import LatencyHistogram, subtract
 from edge_agent.monitor.telemetry import build_telemetry, read_rss_mb
 from edge_agent.updates.installer import Updater
@@ -32,7 +33,7 @@ class Reporter:
     def __init__(
         self, settings: AgentSettings, version: str, *, link: Link, updater: Updater, latencies: LatencyHistogram
     ) -> None:
-        """Open the outbox; raises StalledError."""
+        """Open the outbox; if the disk has none to give, events wait in memory."""
         self.ignored = 0
         self._settings = settings
         self._version = version
@@ -42,7 +43,7 @@ class Reporter:
         self._reported = latencies.snapshot()
         self._unreported = 0
         self._started_s = time.monotonic()
-        self._outbox = open_outbox(settings.state_dir / "outbox.db")
+        self._outbox = _open_outbox(settings.state_dir / "outbox.db")
         self._event_topic, self._status_topic, self._telemetry_topic = (
             build_device_topic(settings.fleet, settings.device_id, channel)
             for channel in (Channel.EVENT, Channel.STATUS, Channel.TELEMETRY)
@@ -109,7 +110,6 @@ class Reporter:
     def build_status(self, *, online: bool) -> Publication:
         """Return the device's retained status; with `online` false its will."""
         current = self._updater.current()
-        phase = cast("Literal['idle', 'fetching', 'staged', 'probation']", self._updater.phase.value)
         status = Status(
             sent_at=time.time(),
             online=online,
@@ -118,7 +118,7 @@ class Reporter:
             version=current.manifest.version if current else None,
             digest=current.digest if current else None,
             slot=current.slot if current else None,
-            update=phase,
+            update=self._updater.phase.value,
             trains=self._settings.federation is not None,
         )
         return Publication(topic=self._status_topic, payload=build_json(status), retain=True)
@@ -137,3 +137,11 @@ class Reporter:
     def _resend(self, limit: int = -1) -> None:
         for payload in self._outbox.load_pending(limit):
             self._link.publish(Publication(topic=self._event_topic, payload=payload))
+
+
+def _open_outbox(path: Path) -> Outbox:
+    try:
+        return open_outbox(path)
+    except StalledError as error:  # a model must not stop answering for want of a diary
+        log.error("events wait in memory only: %s", error)  # noqa: TRY400 - the message says it all
+        return open_outbox(Path(":memory:"))

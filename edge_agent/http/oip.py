@@ -22,7 +22,7 @@ Array: TypeAlias = npt.NDArray[Any]
 SERVER_NAME = "edge-agent"
 AXES_MAX = 16  # NumPy 1 takes 32 axes; no model here has more than 5
 _PLATFORMS = {"onnx": "onnxruntime_onnx", "tflite": "litert_tflite"}
-_DATATYPES = {
+_DATATYPES = {  # to DTYPES of models.tensors.spec
     "FP32": "float32",
     "FP64": "float64",
     "INT8": "int8",
@@ -31,7 +31,15 @@ _DATATYPES = {
     "INT64": "int64",
     "BOOL": "bool",
 }
-_DATATYPE_OF = {dtype: datatype for datatype, dtype in _DATATYPES.items()}
+_DTYPES = {datatype: np.dtype(dtype) for datatype, dtype in _DATATYPES.items()}
+_DATATYPE_OF = {dtype: datatype for datatype, dtype in _DTYPES.items()}
+_LIMITS = {
+    dtype: (float(np.finfo(dtype).min), float(np.finfo(dtype).max))
+    if dtype.kind == "f"
+    else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    for dtype in _DTYPES.values()
+    if dtype.kind != "b"
+}
 _ELEMENTS: dict[str, type] = {"f": list[float], "i": list[int], "u": list[int], "b": list[bool]}  # by NumPy's kind
 
 
@@ -140,14 +148,14 @@ def build_model_metadata(manifest: ModelManifest) -> bytes:
 
 def _parse_tensor(tensor: _Input) -> Array:
     name = f"input {tensor.name!r:.80}"
-    dtype = _DATATYPES.get(tensor.datatype)
+    dtype = _DTYPES.get(tensor.datatype)
     if dtype is None:
         raise RequestError(f"{name}: expected a datatype of {', '.join(_DATATYPES)}, got {tensor.datatype!r:.80}")
     shape = tensor.shape
     if not 1 <= len(shape) <= AXES_MAX or min(shape) < 1:
         raise RequestError(f"{name}: expected a shape of 1 to {AXES_MAX} lengths >= 1, got {shape!s:.80}")
     try:
-        values = _parse_values(tensor.data, np.dtype(dtype).kind)
+        values = _parse_values(tensor.data, dtype.kind)
     except _DECODE_ERRORS as error:
         raise RequestError(f"{name}: data must be a list of {tensor.datatype} numbers: {error}") from error
     if len(values) != math.prod(shape):
@@ -168,23 +176,25 @@ def _parse_values(data: msgspec.Raw, kind: str) -> list[Any]:
     return msgspec.convert(values, _ELEMENTS[kind])
 
 
-def _to_array(values: list[Any], dtype: str, name: str) -> Array:
-    kind = np.dtype(dtype).kind
-    if kind == "b":
+def _to_array(values: list[Any], dtype: np.dtype[Any], name: str) -> Array:
+    if dtype.kind == "b":
         return np.array(values, dtype)
     try:
-        wide = np.array(values, np.float64 if kind == "f" else np.int64)
+        wide = np.array(values, np.float64 if dtype.kind == "f" else np.int64)
     except OverflowError as error:
         raise RequestError(f"{name}: a value is beyond 64 bits") from error
-    limits = np.finfo(dtype) if kind == "f" else np.iinfo(dtype)
-    if wide.min() < limits.min or wide.max() > limits.max:
-        raise RequestError(f"{name}: a value is beyond {_DATATYPE_OF[dtype]} [{limits.min}, {limits.max}]")
+    least, largest = _LIMITS[dtype]
+    if wide.min() < least or wide.max() > largest:
+        raise RequestError(f"{name}: a value is beyond {_DATATYPE_OF[dtype]} [{least}, {largest}]")
     return wide.astype(dtype)
 
 
 def _build_tensor(name: str, array: Array) -> _OutputTensor:
-    return _OutputTensor(name, array.shape, _DATATYPE_OF[array.dtype.name], array.ravel().tolist())
+    return _OutputTensor(name, array.shape, _DATATYPE_OF[array.dtype], array.ravel().tolist())
 
 
 def _describe(specs: Iterable[TensorSpec]) -> list[dict[str, object]]:
-    return [{"name": spec.name, "datatype": _DATATYPE_OF[spec.dtype], "shape": [-1, *spec.row_shape]} for spec in specs]
+    return [
+        {"name": spec.name, "datatype": _DATATYPE_OF[np.dtype(spec.dtype)], "shape": [-1, *spec.row_shape]}
+        for spec in specs
+    ]
