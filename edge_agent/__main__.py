@@ -19,7 +19,7 @@ BATCH_SAMPLES = 200  # one transaction; 200 images of 28 x 28 are 0.7 MB of the 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
-    options = _build_parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
@@ -106,7 +106,7 @@ def ingest(options: argparse.Namespace) -> None:
         print(f"{kept} samples of {options.file} are kept on this device")
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="edge-agent", description="Serves a model on this device and trains it in private."
     )

@@ -86,7 +86,7 @@ def _add_run(subparsers: _Subparsers) -> None:
 
 def _add_enroll(subparsers: _Subparsers) -> None:
     parser = _add_with_config(subparsers, "enroll", "write the files that make a machine a device of this fleet")
-    parser.add_argument("device_id", metavar="DEVICE_ID")
+    parser.add_argument("device_id", metavar="DEVICE_ID", help="its name in topics: A-Z a-z 0-9 . _ -")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty; holds a private key then")
     parser.add_argument("--model", metavar="NAME", help="what it serves (default: the only model configured)")
     parser.set_defaults(execute=commands.run_enroll)
@@ -94,7 +94,7 @@ def _add_enroll(subparsers: _Subparsers) -> None:
 
 def _add_revoke(subparsers: _Subparsers) -> None:
     parser = _add_with_config(subparsers, "revoke", "exclude a device from every run to come, and ignore what it says")
-    parser.add_argument("device_id", metavar="DEVICE_ID")
+    parser.add_argument("device_id", metavar="DEVICE_ID", help="its name in topics: A-Z a-z 0-9 . _ -")
     parser.set_defaults(execute=commands.run_revoke)
 
 
@@ -122,7 +122,7 @@ def _add_release(subparsers: _Subparsers) -> None:
 
 def _add_train(subparsers: _Subparsers) -> None:
     parser = _add_with_config(subparsers, "train", "train a model on the devices' own data, in private")
-    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("model", metavar="MODEL", help="as its [models.NAME] section names it")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of the run (default: %(default)s)")
     decimals = {
         "epsilon": ("8", "privacy loss of the whole run, at most"),
