@@ -228,6 +228,8 @@ class _Node:
         return True
 
     def _fetch(self, run_id: int, tree: ObjectTree) -> Message:
+        # The whole tree, though the message itself has come already: confirming deletes at the SuperLink what
+        # its sender may not have finished sending.
         contents = pull_objects(
             [branch.object_id for branch in iterate_object_tree(tree)],
             make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id),

@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 RETRIES = 3  # of one round, before the run is given up
 SESSIONS_MAX = 10  # lost in one round, before the run is given up: it is the round that breaks them
-POLL_FIRST_S, POLL_GROWTH, POLL_MAX_S = 0.05, 1.3, 0.5
+POLL_FIRST_S, POLL_GROWTH, POLL_MAX_S = 0.1, 1.2, 0.5
 ONLINE_POLL_S = 0.25
 REOPEN_S = 1.0
 

@@ -389,6 +389,7 @@ class Session:
 
     def _pull(self, pull: Callable[[str], bytes], tree: ObjectTree) -> dict[str, bytes]:
         with _lost_on_error("a reply cannot be fetched"):
+            # The whole tree before confirming: that deletes what the device may not have finished sending.
             contents = {branch.object_id: pull(branch.object_id) for branch in iterate_object_tree(tree)}
             self._client.ConfirmMessageReceived(
                 ConfirmMessageReceivedRequest(node=self._here, run_id=self._run_id, message_object_id=tree.object_id)

@@ -43,7 +43,7 @@ def measure_rounds(count: int) -> dict[str, float]:
         events = driver.run_to_end(timeout_s=120)
         seconds = [event.seconds for event in events if event.event == "round"][1:]
         resident = max(psutil.Process(node.pid).memory_info().rss for node in nodes)
-    assert len(seconds) == ROUNDS - 1
+    assert [event.event for event in events] == ["joined", *["round"] * ROUNDS, "done"]
     median_s = statistics.median(seconds)
     return {
         f"round_{count}_nodes_s": median_s,
