@@ -20,7 +20,8 @@ from edge_agent.config import AgentSettings
 from edge_agent.errors import AgentError, StalledError
 from edge_agent.http.app import App, Device
 from edge_agent.http.server import HttpServer, bind_sockets
-from edge_agent.inference.engine import Engine, load_model
+from edge_agent.inference.engine import Engine
+from edge_agent.inference.model import load_model
 from edge_agent.link.mqtt import Broker, Link
 from edge_agent.monitor.latency import LatencyHistogram
 from edge_agent.monitor.telemetry import build_metrics, read_rss_mb
@@ -77,7 +78,7 @@ class Agent:
         self._settings = settings
         self._sockets = sockets
         self._version = find_agent_version()
-        self._engine = Engine()
+        self._engine = Engine(settings.model)
         self._latencies = LatencyHistogram()
         self._failures = 0
         self._samples = SampleKeeper(settings.samples_path)

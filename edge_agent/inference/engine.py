@@ -1,114 +1,153 @@
-"""The model a device answers with: load, check, run, and change for another under load."""
+"""The versions a device answers with: a champion, perhaps a challenger beside it, changed under load.
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Literal
+A request keeps the version it began with until it is answered; the pair is one tuple, replaced whole.
+"""
 
-import numpy as np
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from edge_agent.errors import AgentError, RequestError, StalledError
-from edge_agent.inference.backend import Array, Backend
-from edge_agent.inference.onnx_backend import OnnxBackend
-from models.contract.manifest import ModelManifest
-from models.tensors.spec import TensorSpec
+from edge_agent.errors import RequestError
+from edge_agent.inference.backend import Array
+from edge_agent.inference.model import ServedModel
+from edge_agent.inference.shadow import Shadow, ShadowSnapshot
 
-_WARM_UP_ROWS = (1, 2)  # the smallest batches of which one shows that the batch axis is free
+log = logging.getLogger(__name__)
 
 
-class ServedModel:
-    """One loaded model version."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rivalry:
+    """A challenger, and what it is for.
 
-    def __init__(self, manifest: ModelManifest, backend: Backend) -> None:
-        self.manifest = manifest
-        self._backend = backend
-        self._inputs = {spec.name: (spec, np.dtype(spec.dtype), spec.row_shape) for spec in manifest.inputs}
+    Attributes:
+        model: Answers whoever asks for its version, and:
+        weight: This share of the requests that name no version, 0 to 1; by a hash of their key.
+        shadow: Whether it is compared with each answer of the champion instead.
+    """
 
-    def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the outputs by name, for a batch of rows.
-
-        Args:
-            inputs: By name, each of shape (rows, *row shape) and the dtype in the manifest; rows >= 1,
-                the same in all. Whether NaN is a value is the model's business.
-
-        Raises:
-            RequestError: The inputs are not what the manifest says, or the graph fails on them.
-        """
-        self._check_inputs(inputs)
-        return dict(zip(self._backend.output_names, self._backend.run(inputs), strict=True))
-
-    def _check_inputs(self, inputs: Mapping[str, Array]) -> None:
-        if inputs.keys() != self._inputs.keys():
-            raise RequestError(f"expected inputs {_names(self._inputs)}, got {_names(inputs)}")
-        rows = 0
-        for name, array in inputs.items():
-            spec, dtype, row_shape = self._inputs[name]
-            if array.dtype != dtype:
-                raise RequestError(f"input {name!r}: expected {spec.dtype}, got {array.dtype}")
-            if array.shape[1:] != row_shape or array.ndim == 0 or len(array) == 0:
-                expected = ", ".join(["rows", *map(str, row_shape)])
-                raise RequestError(f"input {name!r}: expected shape ({expected}) with rows >= 1, got {array.shape}")
-            if rows not in (0, len(array)):
-                raise RequestError(f"input {name!r}: expected {rows} rows as in the other inputs, got {len(array)}")
-            rows = len(array)
+    model: ServedModel
+    weight: float = 0.0
+    shadow: bool = False
 
 
 class Engine:
-    """Holds the active model; a request keeps the model it began with until it is answered."""
+    """Every loaded version of one model; its methods may be called from several threads."""
 
-    def __init__(self) -> None:
-        self._active: ServedModel | None = None
+    def __init__(
+        self, name: str, *, rivalry: Rivalry | None = None, load_again: Callable[[], None] | None = None
+    ) -> None:
+        """Begin with nothing loaded.
+
+        Args:
+            name: The model, whatever its version.
+            rivalry: The challenger; used while it takes and gives the same tensors as the champion.
+            load_again: Loads and activates the version on disk; None keeps callers from loading and unloading.
+        """
+        self.name = name
+        self._rivalry = rivalry
+        self._load_again = load_again
+        self._loaded: tuple[ServedModel, ...] = ()
+        self._limit = 0  # of 2 ** 64: keys that hash below it are the challenger's
+        self._shadow: Shadow | None = None
 
     @property
     def active(self) -> ServedModel | None:
-        """The model to answer with, None before the first activation."""
-        return self._active
+        """The champion, None before the first activation."""
+        loaded = self._loaded
+        return loaded[0] if loaded else None
 
     def activate(self, model: ServedModel | None) -> None:
-        """Answer with `model` from now on; the old one is released after the last request that holds it."""
-        self._active = model
+        """Make `model` the champion; the old one is released after the last request that holds it."""
+        if self._shadow is not None:
+            self._shadow.close()
+        rivalry = self._rivalry if model is not None and self._may_challenge(model) else None
+        self._shadow = Shadow(rivalry.model) if rivalry is not None and rivalry.shadow else None
+        self._limit = 0 if rivalry is None else round(rivalry.weight * 2**64)
+        self._loaded = () if model is None else (model,) if rivalry is None else (model, rivalry.model)
+
+    def list_models(self) -> tuple[ServedModel, ...]:
+        """Return every loaded version, the champion first."""
+        return self._loaded
+
+    def select(self, name: str, version: str | None, *, key: str = "") -> ServedModel:
+        """Return the version to answer with.
+
+        Args:
+            name: The model asked for.
+            version: None lets the split decide.
+            key: Requests of one key get the same version; without one it is the champion.
+
+        Raises:
+            RequestError: 404, there is no such model or version here; 503, nothing is loaded.
+        """
+        loaded = self._loaded
+        if name != self.name:
+            raise RequestError(f"model {name!r:.80} is not served here, {self.name!r} is", status=404)
+        if not loaded:
+            raise RequestError(f"no version of {name!r} is loaded: it waits for its first release", status=503)
+        if version is None:
+            is_challengers = self._limit and key and len(loaded) > 1 and _hash(key, loaded[1]) < self._limit
+            return loaded[1] if is_challengers else loaded[0]
+        for model in loaded:
+            if model.version == version:
+                return model
+        served = " and ".join(model.version for model in loaded)
+        raise RequestError(f"version {version!r:.80} of {name!r} is not loaded, {served} is", status=404)
+
+    def mirror(self, model: ServedModel, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """Have the challenger compared with this answer of `model`, later; never blocks or raises."""
+        shadow = self._shadow
+        if shadow is not None and model is self.active:
+            shadow.offer(inputs, outputs)
+
+    def snapshot_shadow(self) -> ShadowSnapshot | None:
+        """Return what the comparisons found since the champion became it; None without any."""
+        shadow = self._shadow
+        return None if shadow is None else shadow.snapshot()
+
+    def is_ready(self, name: str | None = None, version: str | None = None) -> bool:
+        """Return whether this model and version, or any, can answer now."""
+        if name not in (None, self.name):
+            return False
+        return any(version in (None, model.version) for model in self._loaded)
+
+    def load(self, name: str) -> None:
+        """Load the version on disk again; may block.
+
+        Raises:
+            RequestError: 403, not configured; 404, another model.
+            AgentError: It does not load; what was loaded answers on.
+        """
+        self._get_loader(name)()
+
+    def unload(self, name: str) -> None:
+        """Give back the memory of every version, until one is loaded; raises as `load`."""
+        self._get_loader(name)
+        self.activate(None)
+
+    def _get_loader(self, name: str) -> Callable[[], None]:
+        if self._load_again is None:
+            raise RequestError("loading and unloading is off: set [serving] repository = true", status=403)
+        if name != self.name:
+            raise RequestError(f"model {name!r:.80} is not served here, {self.name!r} is", status=404)
+        return self._load_again
+
+    def _may_challenge(self, champion: ServedModel) -> bool:
+        if self._rivalry is None:
+            return False
+        ours, theirs = champion.manifest, self._rivalry.model.manifest
+        if ours.version == theirs.version:
+            log.warning("version %d is champion and challenger: it has nobody to be compared with", ours.version)
+            return False
+        if (ours.inputs, ours.outputs) != (theirs.inputs, theirs.outputs):
+            log.warning("challenger %d takes or gives other tensors than %d: not used", theirs.version, ours.version)
+            return False
+        return True
 
 
-def load_model(directory: Path, manifest: ModelManifest) -> ServedModel:
-    """Return the version in `directory`, loaded and warmed up.
-
-    Raises:
-        StalledError: It does not load, or does not answer as its manifest says.
-    """
-    backend = _open_backend(manifest.runtime, directory / manifest.inference_name)
-    _check_names("inputs", backend.input_names, manifest.inputs)
-    _check_names("outputs", backend.output_names, manifest.outputs)
-    model = ServedModel(manifest, backend)
-    for rows in _WARM_UP_ROWS:
-        zeros = {spec.name: np.zeros((rows, *spec.row_shape), spec.dtype) for spec in manifest.inputs}
-        try:
-            outputs = model.infer(zeros)
-        except AgentError as error:
-            raise StalledError(f"{manifest.model} {manifest.version}: zeros of {rows} rows: {error}") from error
-        for spec in manifest.outputs:
-            _check_output(outputs[spec.name], spec, rows)
-    return model
-
-
-def _open_backend(runtime: Literal["onnx", "tflite"], path: Path) -> Backend:
-    if runtime != "onnx":
-        raise StalledError(f"{path.name}: this agent runs ONNX graphs, not {runtime}")
-    return OnnxBackend(path)
-
-
-def _check_names(what: str, found: Sequence[str], specs: tuple[TensorSpec, ...]) -> None:
-    if sorted(found) != (expected := sorted(spec.name for spec in specs)):
-        raise StalledError(f"the graph's {what} are {sorted(found)}, its manifest says {expected}")
-
-
-def _check_output(array: Array, spec: TensorSpec, rows: int) -> None:
-    expected = (rows, *spec.row_shape)
-    if array.shape != expected or array.dtype != np.dtype(spec.dtype):
-        raise StalledError(
-            f"output {spec.name!r} has shape {array.shape} and {array.dtype}, its manifest says {expected} and {spec.dtype}"
-        )
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise StalledError(f"output {spec.name!r} is not finite on zeros")
-
-
-def _names(names: Mapping[str, object]) -> str:
-    return ", ".join(repr(name) for name in sorted(names)) or "none"
+def _hash(key: str, challenger: ServedModel) -> int:
+    """Return a number below 2 ** 64; another challenger divides the same keys otherwise."""
+    salt = challenger.version.encode()
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8, key=salt).digest()
+    return int.from_bytes(digest, "big")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from edge_agent.http.app import App, Device
 from edge_agent.http.server import HttpServer, bind_sockets
-from edge_agent.inference.engine import Engine, load_model
+from edge_agent.inference.engine import Engine
+from edge_agent.inference.model import load_model
 from tests.simulators.agent import find_free_port
 from tests.simulators.tiny_models import FEATURES, save_version
 
@@ -29,7 +30,7 @@ def ask_all(port: int, seen: list[tuple[int, float]]) -> None:
 
 def test_no_request_fails_and_every_answer_is_of_the_version_it_names(tmp_path: Path) -> None:
     async def scenario() -> None:
-        engine, port = Engine(), find_free_port()
+        engine, port = Engine("tiny"), find_free_port()
         device = Device(
             agent_version="1",
             get_model=lambda: engine.active,

@@ -1,0 +1,92 @@
+"""What of a version folder is loaded or refused, and what a loaded version answers or refuses."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from edge_agent.errors import RequestError, StalledError
+from edge_agent.inference.model import load_model
+from models.tensors.spec import TensorSpec
+from tests.simulators.tiny_models import FEATURES, INPUT, OUTPUT, build_graph, save_version
+
+ROW = np.ones((1, FEATURES), np.float32)
+
+
+def test_loaded_version_answers_row_by_row(tmp_path: Path) -> None:
+    model = load_model(tmp_path, save_version(tmp_path, version=3))
+    outputs = model.infer({"features": np.stack([ROW[0], 2 * ROW[0]])})
+    np.testing.assert_array_equal(outputs["logits"], [[12, 12, 12], [24, 24, 24]])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({}, "expected inputs 'features', got none"),
+        ({"x": ROW}, "expected inputs 'features', got 'x'"),
+        ({"features": ROW, "more": ROW}, "got 'features', 'more'"),
+        ({"features": ROW.astype(np.float64)}, "expected float32, got float64"),
+        ({"features": ROW[0]}, r"expected shape \(rows, 4\)"),
+        ({"features": ROW[:, :3]}, r"got \(1, 3\)"),
+        ({"features": ROW[:0]}, "rows >= 1"),
+        ({"features": np.float32(1).reshape(())}, r"got \(\)"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_in_a_sentence(tmp_path: Path, inputs: dict, said: str) -> None:
+    model = load_model(tmp_path, save_version(tmp_path))
+    with pytest.raises(RequestError, match=said):
+        model.infer(inputs)
+
+
+@pytest.mark.parametrize(
+    ("graph", "said"),
+    [
+        (b"not a graph", "refuses the graph"),
+        (build_graph(1).SerializeToString()[:60], "refuses the graph"),
+        (build_graph(1, output="scores").SerializeToString(), "outputs are"),
+        (build_graph(1, columns=5).SerializeToString(), "has shape"),
+        (build_graph(float("inf")).SerializeToString(), "not finite"),
+    ],
+)
+def test_version_that_is_not_what_its_manifest_says_is_refused(tmp_path: Path, graph: bytes, said: str) -> None:
+    manifest = save_version(tmp_path, graph=graph)
+    with pytest.raises(StalledError, match=said):
+        load_model(tmp_path, manifest)
+
+
+def test_manifest_of_another_input_or_runtime_is_refused(tmp_path: Path) -> None:
+    manifest = save_version(tmp_path)
+    with pytest.raises(StalledError, match="inputs are"):
+        load_model(tmp_path, replace(manifest, inputs=(TensorSpec("x", INPUT.shape, INPUT.dtype),)))
+    with pytest.raises(StalledError, match="zeros of 1 rows"):
+        load_model(tmp_path, replace(manifest, inputs=(TensorSpec(INPUT.name, ("batch", 9), INPUT.dtype),)))
+    with pytest.raises(StalledError, match="float64"):
+        load_model(tmp_path, replace(manifest, outputs=(TensorSpec(OUTPUT.name, OUTPUT.shape, "float64"),)))
+    tflite = replace(manifest, runtime="tflite", files={"inference.tflite": manifest.files["inference.onnx"]})
+    with pytest.raises(StalledError, match="not tflite"):
+        load_model(tmp_path, tflite)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    manifest = save_version(tmp_path)
+    (tmp_path / "inference.onnx").unlink()
+    with pytest.raises(StalledError, match=r"inference\.onnx"):
+        load_model(tmp_path, manifest)
+
+
+@pytest.mark.parametrize("kind", ["file", "hard link"])
+def test_external_data_is_refused_even_as_a_hard_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path = tmp_path / "inference.onnx"
+    onnx.save(build_graph(1), str(path), save_as_external_data=True, location="w.bin", size_threshold=0)
+    if kind == "hard link":
+        (tmp_path / "w.bin").rename(tmp_path / "secret")
+        os.link(tmp_path / "secret", tmp_path / "w.bin")
+    manifest = save_version(tmp_path, graph=path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StalledError, match="External data"):
+        load_model(tmp_path, manifest)
