@@ -106,6 +106,22 @@ def ingest(options: argparse.Namespace) -> None:
         print(f"{kept} samples of {options.file} are kept on this device")
 
 
+def feedback(options: argparse.Namespace) -> None:
+    """Tell the truth about an earlier request, which becomes a sample."""
+    from edge_agent.client import AgentClient
+
+    try:
+        target = json.loads(options.target)
+    except ValueError:
+        target = options.target  # a label needs no quotes
+    with AgentClient(_find_socket(options)) as client:
+        kept = len(client.post("/v1/feedback", {"id": options.id, "target": target})["ids"])
+    if options.json:
+        _print_json({"kept": kept})
+    else:
+        print(f"{kept} samples are kept on this device" if kept else "not kept: samples.keep_share left it out")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="edge-agent", description="Serves a model on this device and trains it in private."
@@ -113,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     serving = _add_command(commands, run)
     serving.add_argument("--config", type=Path, default=CONFIG_PATH, metavar="FILE", help="default: %(default)s")
-    for command in (status, predict, ingest, privacy):
+    for command in (status, predict, ingest, feedback, privacy):
         asking = _add_command(commands, command)
         asking.add_argument("--config", type=Path, default=CONFIG_PATH, metavar="FILE", help="default: %(default)s")
         asking.add_argument("--uds", type=Path, metavar="PATH", help="the agent's Unix socket, instead of --config")
@@ -122,6 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
             asking.add_argument(
                 "file", metavar="FILE", help='JSON: a row, a list of rows, or {"input": rows}; - for stdin'
             )
+        if command is feedback:
+            asking.add_argument("id", metavar="ID", help="of the answer")
+            asking.add_argument("target", metavar="TARGET", help="number or label; JSON lists for several rows")
         if command is ingest:
             asking.add_argument("file", type=Path, metavar="FILE", help="*.npz (x, y), *.jsonl or *.csv (target last)")
     return parser

@@ -16,6 +16,7 @@ from typing import Any
 
 import uvloop
 
+from edge_agent.collector import Collector
 from edge_agent.config import AgentSettings
 from edge_agent.errors import AgentError, StalledError
 from edge_agent.http.app import App, Device
@@ -27,7 +28,6 @@ from edge_agent.monitor.latency import LatencyHistogram
 from edge_agent.monitor.telemetry import build_metrics, read_rss_mb
 from edge_agent.owner import OwnerStatus, load_privacy_report
 from edge_agent.reporter import Reporter
-from edge_agent.samples.keeper import SampleKeeper
 from edge_agent.updates.installer import Updater, UpdaterSettings
 from edge_agent.wake import TrainingDesk
 from models.contract.encoding import parse_json
@@ -81,7 +81,7 @@ class Agent:
         self._engine = Engine(settings.model)
         self._latencies = LatencyHistogram()
         self._failures = 0
-        self._samples = SampleKeeper(settings.samples_path)
+        self._samples = Collector(settings, get_manifest=self._find_manifest)
         self._stopped = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._offer_topic = build_offer_topic(settings.fleet)
@@ -129,7 +129,7 @@ class Agent:
 
     async def _keep_outbox(self, stack: contextlib.AsyncExitStack) -> None:
         stack.callback(self._reporter.close)
-        stack.callback(self._samples.close)
+        stack.callback(self._samples.keeper.close)
 
     async def _load_active(self, _stack: contextlib.AsyncExitStack) -> None:
         version = self._updater.current()
@@ -191,6 +191,9 @@ class Agent:
     def _try_version(self, directory: Path, manifest: ModelManifest) -> None:
         self._engine.activate(load_model(directory, manifest))
 
+    def _find_manifest(self) -> ModelManifest | None:
+        return self._engine.active.manifest if self._engine.active else None
+
     def _build_owner_status(self) -> OwnerStatus:
         settings, current, model = self._settings, self._updater.current(), self._engine.active
         return OwnerStatus(
@@ -204,7 +207,7 @@ class Agent:
             update=self._updater.phase,
             connected=self._link.connected,
             training=self._training.run,
-            samples=self._samples.count(),
+            samples=self._samples.keeper.count(),
             unsent_events=self._reporter.count_unsent(),
             ignored_messages=self._reporter.ignored,
             dropped_messages=self._reporter.count_dropped(),
@@ -229,7 +232,7 @@ class Agent:
         return Device(
             agent_version=self._version,
             get_model=lambda: self._engine.active,
-            add_samples=self._samples.add,
+            add_samples=self._samples.keeper.add,
             get_status=self._build_owner_status,
             get_privacy=lambda: load_privacy_report(self._settings),
             get_metrics=self._build_metrics,

@@ -97,6 +97,35 @@ class PrivacySettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServingSettings:
+    """Who answers, and how many may wait.
+
+    Attributes:
+        challenger: Folder of a second version of the model, loaded beside the fleet's champion.
+        weight: Share of the answers that are the challenger's, 0 to 1.
+        shadow: The champion answers everybody, and the challenger is compared with it.
+        repository: Callers may load and unload the model.
+        max_queue: Inference requests under way or waiting; the next one is answered 429.
+    """
+
+    challenger: Path | None = None
+    weight: float = 0.0
+    shadow: bool = False
+    repository: bool = False
+    max_queue: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"serving.weight is {self.weight}, must be in 0..1")
+        if self.shadow and self.weight:
+            raise ValueError("serving.shadow and serving.weight: a challenger answers or is compared, not both")
+        if self.challenger is None and (self.shadow or self.weight):
+            raise ValueError("serving.challenger is missing: serving.weight and serving.shadow need one")
+        if not 1 <= self.max_queue <= 65_536:
+            raise ValueError(f"serving.max_queue is {self.max_queue}, must be in 1..65536")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TelemetrySettings:
     """How often the device reports measurements of itself."""
 
@@ -105,6 +134,35 @@ class TelemetrySettings:
     def __post_init__(self) -> None:
         if not 1 <= self.interval_s <= 86_400:
             raise ValueError(f"telemetry.interval_s is {self.interval_s}, must be in 1..86400")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSettings:
+    """What becomes a private sample of this device.
+
+    Attributes:
+        consent: Whether the owner lets answered requests become samples; nothing of them is remembered without it.
+        keep_share: Share of them that is kept.
+        feedback_max: Answered requests that wait for their truth, at most.
+        feedback_ttl_s: How long each waits.
+        max_count: Samples kept at most; one more is refused, none is thrown away.
+    """
+
+    consent: bool = False
+    keep_share: float = 1.0
+    feedback_max: int = 1000
+    feedback_ttl_s: float = 86_400.0
+    max_count: int = 100_000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_share <= 1:
+            raise ValueError(f"samples.keep_share is {self.keep_share}, must be in (0, 1]")
+        if not 1 <= self.feedback_max <= 100_000:
+            raise ValueError(f"samples.feedback_max is {self.feedback_max}, must be in 1..100000")
+        if not 1 <= self.feedback_ttl_s <= 31 * 86_400:
+            raise ValueError(f"samples.feedback_ttl_s is {self.feedback_ttl_s}, must be in 1..2678400")
+        if not 1 <= self.max_count <= 100_000_000:
+            raise ValueError(f"samples.max_count is {self.max_count}, must be in 1..100000000")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +186,9 @@ class AgentSettings:
     updates: UpdateSettings = field(default_factory=UpdateSettings)
     federation: FederationSettings | None = None
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    serving: ServingSettings = field(default_factory=ServingSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    samples: SampleSettings = field(default_factory=SampleSettings)
 
     def __post_init__(self) -> None:
         check_name(self.device_id, "device_id")

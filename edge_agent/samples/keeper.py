@@ -11,8 +11,9 @@ from edge_agent.samples.store import Sample, SampleStore, open_samples
 class SampleKeeper:
     """The store at `path`, whether or not it can be opened now; may be used from several threads."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, max_count: int) -> None:
         self._path = path
+        self._max_count = max_count
         self._lock = threading.Lock()
         self._store: SampleStore | None = None
 
@@ -37,5 +38,5 @@ class SampleKeeper:
     def _open(self) -> SampleStore:
         with self._lock:
             if self._store is None:
-                self._store = open_samples(self._path)
+                self._store = open_samples(self._path, max_count=self._max_count)
             return self._store

@@ -31,8 +31,9 @@ CREATE TABLE IF NOT EXISTS samples (
 class SampleStore:
     """Samples in one SQLite file; may be used from several threads."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, max_count: int) -> None:
         self._connection = connection
+        self._max_count = max_count
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -56,8 +57,10 @@ class SampleStore:
         try:
             with self._lock, self._connection:
                 self._connection.execute("BEGIN IMMEDIATE")
-                if self._count() + len(rows) > SAMPLES_MAX:
-                    raise RequestError(f"the device keeps at most {SAMPLES_MAX} samples", status=507)
+                if self._count() + len(rows) > self._max_count:
+                    raise RequestError(
+                        f"the device keeps at most {self._max_count} samples (samples.max_count)", status=507
+                    )
                 return [self._insert(row) for row in rows]
         except sqlite3.Error as error:
             raise RequestError(f"the samples cannot be kept: {error}", status=507) from error
@@ -112,8 +115,8 @@ class SampleStore:
             yield x_dtype, y_dtype, rows
 
 
-def open_samples(path: Path) -> SampleStore:
-    """Return the store at `path`, made if it is not there, readable by its owner only.
+def open_samples(path: Path, *, max_count: int = SAMPLES_MAX) -> SampleStore:
+    """Return the store at `path`, made if it is not there, readable by its owner only; `add` stops at `max_count`.
 
     Raises:
         StalledError: The file cannot be opened, or is no store of samples.
@@ -126,7 +129,7 @@ def open_samples(path: Path) -> SampleStore:
         connection.execute(_SCHEMA)
     except (OSError, sqlite3.Error) as error:
         raise StalledError(f"{path}: {error}") from error
-    return SampleStore(connection)
+    return SampleStore(connection, max_count)
 
 
 def _encode(array: Array, what: str) -> tuple[bytes, str, str]:

@@ -57,9 +57,17 @@ def test_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         (GOOD + "[updates]\nwindow = 0\n", "updates.window"),
         (GOOD + "[updates]\ndeadline_s = 0\n", "updates.deadline_s"),
         (GOOD + "[telemetry]\ninterval_s = 0\n", "telemetry.interval_s"),
+        (GOOD + "[serving]\nchallenger = 'c'\nweight = 1.5\n", "serving.weight"),
+        (GOOD + "[serving]\nchallenger = 'c'\nweight = 0.5\nshadow = true\n", "not both"),
+        (GOOD + "[serving]\nshadow = true\n", "serving.challenger"),
+        (GOOD + "[serving]\nmax_queue = 0\n", "serving.max_queue"),
         (GOOD + "[privacy]\nepsilon_limit = 'NaN'\n", "privacy.epsilon_limit"),
         (GOOD + "[privacy]\ndelta = '1'\n", "privacy.delta"),
         (GOOD + "[privacy]\nnoise_multiplier_limit = '-1'\n", "privacy.noise_multiplier_limit"),
+        (GOOD + "[samples]\nkeep_share = 0\n", "samples.keep_share"),
+        (GOOD + "[samples]\nfeedback_max = 0\n", "samples.feedback_max"),
+        (GOOD + "[samples]\nfeedback_ttl_s = 0\n", "samples.feedback_ttl_s"),
+        (GOOD + "[samples]\nmax_count = 0\n", "samples.max_count"),
         (GOOD + "[federation]\nsuperlink = 'x'\nca_path = 'c'\nnode_key_path = 'k'\n", "federation.superlink"),
         (GOOD + "[federation]\nsuperlink = 'x:1'\n", "ca_path"),
         (GOOD.replace('"d"', '"a/b"'), "device_id"),
@@ -114,7 +122,7 @@ def test_help_is_one_line_a_command() -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "edge_agent", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
-    for command in ("run", "status", "predict", "ingest", "privacy"):
+    for command in ("run", "status", "predict", "ingest", "feedback", "privacy"):
         assert f"\n    {command} " in shown.stdout
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import edge_agent.samples.store as store_module
 from edge_agent.errors import RequestError, StalledError
 from edge_agent.samples.store import open_samples
 from models.tensors.spec import TensorSpec
@@ -68,9 +67,8 @@ def test_dtype_no_model_takes_is_refused_and_nothing_of_the_batch_is_kept(tmp_pa
         assert store.count() == 0
 
 
-def test_full_store_refuses_the_whole_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "SAMPLES_MAX", 3)
-    with open_samples(tmp_path / "samples.db") as store:
+def test_full_store_refuses_the_whole_batch(tmp_path: Path) -> None:
+    with open_samples(tmp_path / "samples.db", max_count=3) as store:
         store.add([sample(1.0)] * 2)
         with pytest.raises(RequestError, match="at most 3") as refused:
             store.add([sample(1.0)] * 2)
