@@ -97,7 +97,7 @@ def _build_training(
 
     def run_round(parameters: Vector, privacy: PrivacyPlan, training: TrainingPlan) -> Vector:
         # Read anew each round: a sample that was forgotten since must not be used.
-        x, y = samples.load(manifest.inputs[0], target)
+        x, y = samples.load(manifest.training_input, target)
         return local_training(step, x, y, parameters, privacy, training, draw_gaussian, draw_poisson)
 
     return run_round

@@ -48,7 +48,7 @@ class StepGraph:
         if manifest.training is None:
             raise StalledError(f"version {manifest.version} of {manifest.model!r} cannot be trained")
         self._contract = manifest.training
-        self._input = manifest.inputs[0]
+        self._input = manifest.training_input
         self.size = self._contract.layout.size
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1  # serving keeps the other cores

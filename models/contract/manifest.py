@@ -1,14 +1,14 @@
 """ModelManifest: what one model version is, byte for byte."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from models.contract.encoding import build_canonical, check_digest_text, parse_json
 from models.contract.privacy import PrivacyStatement
 from models.contract.topics import check_name
 from models.tensors.layout import Layout
-from models.tensors.spec import TensorSpec
+from models.tensors.spec import TRAINING_DTYPES, TensorSpec
 
 MANIFEST_NAME = "manifest.json"
 INFERENCE_NAMES = {"onnx": "inference.onnx", "tflite": "inference.tflite"}
@@ -18,6 +18,10 @@ PARAMETERS_NAME = "parameters.safetensors"
 FILE_NAMES = frozenset({*INFERENCE_NAMES.values(), TRAIN_STEP_NAME, EVALUATE_NAME, PARAMETERS_NAME})
 GRAPH_NAMES = (TRAIN_STEP_NAME, EVALUATE_NAME)  # signed by the offline role: they hold the clipping
 FILE_MAX_BYTES = 1 << 30  # 1 GiB; bounds what a manifest can make a device fetch
+
+Runtime: TypeAlias = Literal["onnx", "tflite"]
+Precision: TypeAlias = Literal["float32", "int8"]
+Preference: TypeAlias = Literal["size", "speed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,16 +44,22 @@ class TrainingContract:
     Attributes:
         layout: Parameters, in the order in which both graphs take them after (x, y, mask[, clipping_norm]).
         batch: Fixed number of rows of x, y and mask in one run of a graph; >= 1.
-        target: Name, shape and dtype of y.
+        target: Name, shape and dtype of y; float32 or int64.
         metric: Name of the metric computed from the evaluation graph's predictions.
+        input_dtype: Of x, where the inference graph takes another one; None where it is the same.
     """
 
     layout: Layout
     batch: int
     target: TensorSpec
     metric: str
+    input_dtype: str | None = None
 
     def __post_init__(self) -> None:
+        if self.target.dtype not in ("float32", "int64"):
+            raise ValueError(f"target is {self.target.dtype}, must be float32 or int64")
+        if self.input_dtype not in (None, *TRAINING_DTYPES):
+            raise ValueError(f"input_dtype {self.input_dtype!r} is none of {', '.join(TRAINING_DTYPES)}")
         if not 1 <= self.batch <= 65536:
             raise ValueError(f"batch is {self.batch}, must be in 1..65536")
 
@@ -75,6 +85,34 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What one graph costs, on one thread of the machine that packaged it; medians, in microseconds."""
+
+    size_bytes: int
+    row_us: Decimal  # one run on one row
+    batch_us: Decimal  # one run on `Measured.batch` rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Why a version is packaged in its precision: what float32 and int8 cost.
+
+    Attributes:
+        packaged: The precision of the inference graph.
+        prefer: The definition's wish, by which it was chosen.
+        machine: Whose latencies these are, as `uname -m` says.
+        batch: Rows of the larger run.
+    """
+
+    packaged: Precision
+    prefer: Preference
+    machine: str
+    batch: int
+    float32: Figures
+    int8: Figures
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelManifest:
     """One immutable model version: its files, its tensors, and what is claimed of it.
 
@@ -84,12 +122,13 @@ class ModelManifest:
         runtime: Which runtime opens the inference graph.
         files: By file name; a subset of `FILE_NAMES` that holds the runtime's inference graph.
         training: None for a version that is only served.
+        measured: None for a graph made elsewhere, which is packaged as it is.
     """
 
     schema_version: Literal[1] = 1
     model: str
     version: int
-    runtime: Literal["onnx", "tflite"]
+    runtime: Runtime
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...] = ()
@@ -98,6 +137,7 @@ class ModelManifest:
     lineage: Lineage = field(default_factory=Lineage)
     privacy: PrivacyStatement | None = None
     quality: Quality | None = None
+    measured: Measured | None = None
 
     def __post_init__(self) -> None:
         check_name(self.model, "model")
@@ -105,6 +145,10 @@ class ModelManifest:
             raise ValueError(f"version is {self.version}, must be in 1..{(1 << 31) - 1}")
         if not self.inputs or not self.outputs:
             raise ValueError("a model has at least one input and one output")
+        for specs in (self.inputs, self.outputs):
+            names = [spec.name for spec in specs]
+            if len(set(names)) != len(names):
+                raise ValueError(f"tensors {names} must have a name each")
         if unknown := set(self.files) - FILE_NAMES:
             raise ValueError(f"file {min(unknown)!r} is none of {', '.join(sorted(FILE_NAMES))}")
         needed = {INFERENCE_NAMES[self.runtime]}
@@ -117,6 +161,12 @@ class ModelManifest:
     def inference_name(self) -> str:
         """File name of the inference graph."""
         return INFERENCE_NAMES[self.runtime]
+
+    @property
+    def training_input(self) -> TensorSpec:
+        """What x of the training graphs looks like: the first input, in the dtype that they take."""
+        dtype = self.training.input_dtype if self.training is not None else None
+        return self.inputs[0] if dtype is None else replace(self.inputs[0], dtype=dtype)
 
 
 def build_manifest(manifest: ModelManifest) -> bytes:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from models.contract.manifest import Preference
 from models.contract.topics import check_name
-from models.tensors.spec import TensorSpec
+from models.tensors.spec import TRAINING_DTYPES, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 Loss = Literal["cross_entropy", "mse", "bce_with_logits"]
 Metric = Literal["accuracy", "auc", "rmse"]
+
+DEFAULT_LOGIT_TOLERANCE = 0.1  # a sound int8 graph of the examples strays by 0.005 to 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,9 @@ class ModelDefinition:
         metric: By name, or a function (output, target) -> float over NumPy arrays.
         labels: Names of the classes, in the order of the last output axis.
         batch: Rows in one run of the training graph.
+        prefer: Whether float32 or int8 is packaged: the smaller or, as packaging measures it, the faster of the two.
+        logit_tolerance: How far packaged outputs may stray from the module's: mean absolute difference, as a share
+            of the outputs' standard deviation. A version beyond it is not packaged; None never checks.
     """
 
     name: str
@@ -41,10 +47,19 @@ class ModelDefinition:
     metric: Metric | Callable[[Any, Any], float]
     labels: tuple[str, ...] = ()
     batch: int = 64
+    prefer: Preference = "size"
+    logit_tolerance: float | None = DEFAULT_LOGIT_TOLERANCE
 
     def __post_init__(self) -> None:
         check_name(self.name, "model")
         if len(self.inputs) != 1 or len(self.outputs) != 1:
             raise ValueError(f"definition {self.name!r}: one input and one output are supported")
+        for spec in (*self.inputs, *self.outputs):
+            if spec.dtype not in TRAINING_DTYPES:
+                raise ValueError(f"definition {self.name!r}: {spec.name!r} is {spec.dtype}, which cannot be trained on")
+        if self.logit_tolerance is not None and not self.logit_tolerance > 0:
+            raise ValueError(
+                f"definition {self.name!r}: logit_tolerance is {self.logit_tolerance}, must be > 0 or None"
+            )
         if self.batch < 1:
             raise ValueError(f"definition {self.name!r}: batch is {self.batch}, must be >= 1")

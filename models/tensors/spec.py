@@ -1,8 +1,12 @@
 """What a tensor at a model's door looks like."""
 
 from dataclasses import dataclass
+from typing import Any
 
-DTYPES = ("float32", "float64", "int8", "uint8", "int32", "int64", "bool")
+import numpy as np
+
+TRAINING_DTYPES = ("float32", "float64", "int8", "uint8", "int32", "int64", "bool")  # what a definition may take
+DTYPES = (*TRAINING_DTYPES, "float16", "int16", "uint16", "uint32", "uint64", "string")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,3 +37,8 @@ class TensorSpec:
     def row_shape(self) -> tuple[int, ...]:
         """Shape of one row, without the batch axis."""
         return tuple(length for length in self.shape[1:] if isinstance(length, int))
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """What arrays of this tensor have as dtype; `object`, which holds `str`, for strings."""
+        return np.dtype(object if self.dtype == "string" else self.dtype)

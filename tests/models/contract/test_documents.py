@@ -18,8 +18,10 @@ from models.contract.encoding import build_canonical, build_json, parse_json
 from models.contract.envelope import RunNotice, TrainOrder, WakeCommand, build_envelope, open_envelope
 from models.contract.errors import ContractError, EnvelopeError, MalformedError
 from models.contract.manifest import (
+    Figures,
     FileEntry,
     Lineage,
+    Measured,
     ModelManifest,
     Quality,
     TrainingContract,
@@ -31,7 +33,7 @@ from models.contract.offer import build_offer, parse_offer
 from models.contract.privacy import PrivacyPlan, PrivacyStatement, TrainingPlan, Unit
 from models.contract.topics import parse_device_topic
 from models.tensors.layout import Layout
-from models.tensors.spec import TensorSpec
+from models.tensors.spec import DTYPES, TensorSpec
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -90,6 +92,14 @@ MANIFEST = ModelManifest(
         samples=200,
         float_value=Decimal("0.91"),
         logit_deviation=Decimal("0.02"),
+    ),
+    measured=Measured(
+        packaged="int8",
+        prefer="size",
+        machine="x86_64",
+        batch=16,
+        float32=Figures(size_bytes=3000, row_us=Decimal("8.8"), batch_us=Decimal("40.1")),
+        int8=Figures(size_bytes=1000, row_us=Decimal("13.6"), batch_us=Decimal("54.4")),
     ),
 )
 DOCUMENTS: dict[str, tuple[bytes, Callable[[bytes], Any], Any]] = {
@@ -230,3 +240,31 @@ def test_a_genuine_order_opens_and_a_forged_or_altered_one_does_not() -> None:
 
 def open_order(envelope: bytes) -> TrainOrder:
     return open_envelope(envelope, TrainOrder, key=KEY.public_key(), fleet="demo", audience="device-1", now_s=NOW_S + 1)
+
+
+def test_training_takes_its_input_in_the_dtype_of_its_own_graphs() -> None:
+    assert MANIFEST.training_input == MANIFEST.inputs[0]
+    assert MANIFEST.training is not None
+    tokens = replace(
+        MANIFEST,
+        inputs=(TensorSpec("tokens", ("batch", 7), "int32"),),
+        training=dataclasses.replace(MANIFEST.training, input_dtype="int64"),
+    )
+    assert tokens.training_input == TensorSpec("tokens", ("batch", 7), "int64")
+    assert parse_manifest(build_manifest(tokens)) == tokens
+
+
+def test_version_may_take_and_give_several_tensors_of_any_served_dtype() -> None:
+    inputs = tuple(TensorSpec(f"in_{dtype}", ("batch", 2), dtype) for dtype in DTYPES)
+    outputs = (TensorSpec("label", ("batch",), "string"), TensorSpec("probabilities", ("batch", 2), "float16"))
+    served = dataclasses.replace(MANIFEST, inputs=inputs, outputs=outputs, training=None, quality=None, measured=None)
+    assert parse_manifest(build_manifest(served)) == served
+    assert [spec.numpy_dtype.name for spec in outputs] == ["object", "float16"]
+
+
+def test_tensors_that_share_a_name_and_targets_that_no_graph_learns_are_refused() -> None:
+    with pytest.raises(ValueError, match="must have a name each"):
+        dataclasses.replace(MANIFEST, outputs=(*MANIFEST.outputs, *MANIFEST.outputs))
+    assert MANIFEST.training is not None
+    with pytest.raises(ValueError, match="target is string, must be float32 or int64"):
+        dataclasses.replace(MANIFEST.training, target=TensorSpec("y", ("batch",), "string"))
