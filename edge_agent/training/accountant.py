@@ -8,6 +8,7 @@ Sources:
     arXiv:1908.10530: the divergence A(alpha), and that the other direction is never larger.
     Balle et al. 2020, "Hypothesis Testing Interpretations and Renyi Differential Privacy",
     arXiv:1905.09982, Theorem 21: from Renyi to (epsilon, delta).
+    Bretagnolle & Huber 1979, doi:10.1007/BFb0064609: where delta covers all that two outputs can differ by.
 """
 
 import math
@@ -63,6 +64,7 @@ def compute_epsilon(phases: Iterable[Phase], delta: float) -> float:
         return 0.0
     order: _Floats = np.asarray(ORDERS)
     epsilon = divergence + np.log1p(-1 / order) - np.log(delta * order) / (order - 1)
+    epsilon[-np.expm1(-divergence) <= delta**2] = 0.0  # total variation is at most sqrt(1 - e^-divergence)
     return max(0.0, float(epsilon.min()))
 
 
