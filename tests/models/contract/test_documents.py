@@ -245,7 +245,7 @@ def open_order(envelope: bytes) -> TrainOrder:
 def test_training_takes_its_input_in_the_dtype_of_its_own_graphs() -> None:
     assert MANIFEST.training_input == MANIFEST.inputs[0]
     assert MANIFEST.training is not None
-    tokens = replace(
+    tokens = dataclasses.replace(
         MANIFEST,
         inputs=(TensorSpec("tokens", ("batch", 7), "int32"),),
         training=dataclasses.replace(MANIFEST.training, input_dtype="int64"),
