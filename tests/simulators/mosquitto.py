@@ -1,7 +1,6 @@
 """A real mosquitto on a free port, which can be killed and started again."""
 
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -9,7 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-PROGRAM = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin") or "mosquitto"
+from fl_server.demo.processes import find_mosquitto
+
 START_TIMEOUT_S = 10.0
 _CONFIG = """\
 listener {port} 127.0.0.1
@@ -41,7 +41,7 @@ class Mosquitto:
 
     def start(self) -> None:
         with self._log_path.open("ab") as log:
-            self._process = subprocess.Popen([PROGRAM, "-c", str(self._config_path)], stdout=log, stderr=log)
+            self._process = subprocess.Popen([find_mosquitto(), "-c", str(self._config_path)], stdout=log, stderr=log)
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
             assert self._process.poll() is None, self._log_path.read_text()
