@@ -4,9 +4,12 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Literal, TypeAlias
 
+import msgspec
+
 from models.contract.encoding import build_canonical, check_digest_text, parse_json
 from models.contract.privacy import PrivacyStatement
 from models.contract.topics import check_name
+from models.tensors.features import Feature, check_features
 from models.tensors.layout import Layout
 from models.tensors.spec import TRAINING_DTYPES, TensorSpec
 
@@ -122,6 +125,7 @@ class ModelManifest:
         runtime: Which runtime opens the inference graph.
         files: By file name; a subset of `FILE_NAMES` that holds the runtime's inference graph.
         training: None for a version that is only served.
+        features: How columns of raw rows become the input; none for a model that takes tensors only.
         measured: None for a graph made elsewhere, which is packaged as it is.
     """
 
@@ -132,6 +136,7 @@ class ModelManifest:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...] = ()
+    features: tuple[Feature, ...] = ()
     files: dict[str, FileEntry]
     training: TrainingContract | None = None
     lineage: Lineage = field(default_factory=Lineage)
@@ -149,6 +154,7 @@ class ModelManifest:
             names = [spec.name for spec in specs]
             if len(set(names)) != len(names):
                 raise ValueError(f"tensors {names} must have a name each")
+        check_features(self.features, self.inputs)
         if unknown := set(self.files) - FILE_NAMES:
             raise ValueError(f"file {min(unknown)!r} is none of {', '.join(sorted(FILE_NAMES))}")
         needed = {INFERENCE_NAMES[self.runtime]}
@@ -171,7 +177,10 @@ class ModelManifest:
 
 def build_manifest(manifest: ModelManifest) -> bytes:
     """Return the canonical bytes whose digest defines the version."""
-    return build_canonical(manifest)
+    document: dict[str, object] = msgspec.to_builtins(manifest)
+    if not manifest.features:  # a version without them is the same bytes as before there were any
+        del document["features"]
+    return build_canonical(document)
 
 
 def parse_manifest(data: bytes) -> ModelManifest:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from models.contract.manifest import Preference
 from models.contract.topics import check_name
+from models.tensors.features import Feature, check_features
 from models.tensors.spec import TRAINING_DTYPES, TensorSpec
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class ModelDefinition:
         loss: By name, or a function (output, target) -> summable scalar.
         metric: By name, or a function (output, target) -> float over NumPy arrays.
         labels: Names of the classes, in the order of the last output axis.
+        features: How columns of raw rows become the input; without them callers send it as the module takes it.
         batch: Rows in one run of the training graph.
         prefer: Whether float32 or int8 is packaged: the smaller or, as packaging measures it, the faster of the two.
         logit_tolerance: How far packaged outputs may stray from the module's: mean absolute difference, as a share
@@ -46,6 +48,7 @@ class ModelDefinition:
     loss: Loss | Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     metric: Metric | Callable[[Any, Any], float]
     labels: tuple[str, ...] = ()
+    features: tuple[Feature, ...] = ()
     batch: int = 64
     prefer: Preference = "size"
     logit_tolerance: float | None = DEFAULT_LOGIT_TOLERANCE
@@ -57,6 +60,7 @@ class ModelDefinition:
         for spec in (*self.inputs, *self.outputs):
             if spec.dtype not in TRAINING_DTYPES:
                 raise ValueError(f"definition {self.name!r}: {spec.name!r} is {spec.dtype}, which cannot be trained on")
+        check_features(self.features, self.inputs)
         if self.logit_tolerance is not None and not self.logit_tolerance > 0:
             raise ValueError(
                 f"definition {self.name!r}: logit_tolerance is {self.logit_tolerance}, must be > 0 or None"

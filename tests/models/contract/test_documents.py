@@ -32,6 +32,7 @@ from models.contract.messages import Ack, Event, EventKind, Status, Telemetry
 from models.contract.offer import build_offer, parse_offer
 from models.contract.privacy import PrivacyPlan, PrivacyStatement, TrainingPlan, Unit
 from models.contract.topics import parse_device_topic
+from models.tensors.features import Feature, Tokens
 from models.tensors.layout import Layout
 from models.tensors.spec import DTYPES, TensorSpec
 
@@ -268,3 +269,18 @@ def test_tensors_that_share_a_name_and_targets_that_no_graph_learns_are_refused(
     assert MANIFEST.training is not None
     with pytest.raises(ValueError, match="target is string, must be float32 or int64"):
         dataclasses.replace(MANIFEST.training, target=TensorSpec("y", ("batch",), "string"))
+
+
+def test_features_travel_in_the_manifest_and_leave_one_without_them_as_it_was() -> None:
+    features = (
+        Feature("age", impute=54, clip=(0, 120), scale=(54.5, 9)),
+        Feature("pain", one_hot=("none", "typical")),
+        Feature("note", tokenise=Tokens(length=3, words=("no", "pain"))),
+    )
+    inputs = (TensorSpec("x", ("batch", 6), "int64"),)
+    manifest = dataclasses.replace(MANIFEST, inputs=inputs, features=features)
+    assert parse_manifest(build_manifest(manifest)).features == features
+    assert b"54.5" in build_manifest(manifest)
+    assert b"features" not in build_manifest(MANIFEST)
+    with pytest.raises(ValueError, match="features fill one input"):
+        dataclasses.replace(MANIFEST, features=features)
