@@ -109,6 +109,10 @@ def _add_package(subparsers: _Subparsers) -> None:
     parser.add_argument("definition", metavar="FILE.py:NAME", help="or package.module:NAME")
     parser.add_argument("--parameters", type=Path, metavar="F", help="safetensors (default: the untrained module's)")
     parser.add_argument("--calibration", type=Path, metavar="F", help="npz of x for the quantization ranges")
+    parser.add_argument("--validation", type=Path, metavar="F", help="npz of x and y to measure the version on")
+    parser.add_argument(
+        "--runtime", choices=("onnx", "tflite"), help="of the devices (default: the configuration's, onnx)"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty")
     parser.set_defaults(execute=commands.run_package)
 

@@ -76,18 +76,23 @@ def run_devices(arguments: Namespace) -> None:
 
 
 def run_package(arguments: Namespace) -> None:
-    from fl_server.package import package_definition
+    from fl_server.package import Data, package_definition
     from fl_server.packaging.definitions import load_definition
+    from fl_server.packaging.tflite import build_exporter
 
     definition = load_definition(arguments.definition)
     settings, directory = _load(arguments) if arguments.config.exists() else (None, None)
     model = settings.models.get(definition.name) if settings else None
+    runtime = arguments.runtime or (model.runtime if model else "onnx")
     manifest = package_definition(
         definition,
         directory=directory,
         parameters_path=arguments.parameters,
-        calibration_path=arguments.calibration or (model.calibration if model else None),
-        validation_path=model.validation if model else None,
+        data=Data(
+            calibration_path=arguments.calibration or (model.calibration if model else None),
+            validation_path=arguments.validation or (model.validation if model else None),
+        ),
+        tflite=build_exporter(arguments.definition) if runtime == "tflite" else None,
         out_dir=arguments.out,
         say=lambda line: print(line, file=sys.stderr),
     )

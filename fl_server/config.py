@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from models.contract.manifest import Runtime
 from models.contract.settings import SettingsError, load_settings
 from models.contract.topics import check_name
 
@@ -72,11 +73,13 @@ class ModelSettings:
         definition: "FILE.py:NAME" or "package.module:NAME" of a ModelDefinition.
         validation: The server's own held-out data, an npz of x and y; the gate measures on it.
         calibration: An npz of x for the quantization ranges; the validation data's x without it.
+        runtime: What the devices serve its versions with; "tflite" needs the extra `export-tflite`.
     """
 
     definition: str
     validation: Path
     calibration: Path | None = None
+    runtime: Runtime = "onnx"
 
     def __post_init__(self) -> None:
         if ":" not in self.definition:

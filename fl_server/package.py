@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from fl_server.directory import Directory
 from fl_server.errors import UsageError
 from fl_server.evaluation.evaluate import measure_quality
 from fl_server.held_out import HeldOutData, load_held_out
-from fl_server.packaging.architecture import Architecture, load_architecture, load_parameters
-from fl_server.packaging.package import package_version
+from fl_server.packaging.architecture import Architecture, load_architecture, load_parameters, update_wishes
+from fl_server.packaging.package import Tools, package_version
+from fl_server.packaging.tflite import TfliteExporter
 from fl_server.registry.registry import Registry
 from models.contract.manifest import Lineage, ModelManifest, Quality
 from models.definitions import ModelDefinition
@@ -24,13 +26,26 @@ _MADE_UP_ROWS = 256
 Say = Callable[[str], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """The server's own data, npz files.
+
+    Attributes:
+        calibration_path: x, for the quantization ranges; else the validation data's, else made up.
+        validation_path: x and y, to measure the version on; else the calibration data, if it has y.
+    """
+
+    calibration_path: Path | None = None
+    validation_path: Path | None = None
+
+
 def package_definition(
     definition: ModelDefinition,
     *,
     directory: Directory | None,
     parameters_path: Path | None,
-    calibration_path: Path | None,
-    validation_path: Path | None,
+    data: Data,
+    tflite: TfliteExporter | None,
     out_dir: Path,
     say: Say,
 ) -> ModelManifest:
@@ -40,22 +55,18 @@ def package_definition(
         definition: Exported first, unless the federation has its architecture already.
         directory: The federation that numbers the version and keeps the architecture; None for neither.
         parameters_path: Safetensors; None for the untrained module's.
-        calibration_path: An npz of x for the quantization ranges; else the validation data's, else made up.
-        validation_path: An npz of x and y to measure the version on; else the calibration data, if it has y.
+        data: What sets the quantization ranges, and what the version is measured on.
+        tflite: Exports `definition`; None packages it for onnxruntime.
         out_dir: Must not exist, or be empty.
         say: Is told what takes long and what was assumed.
 
     Raises:
         ServerError: What cannot be used, and why.
     """
-    if out_dir.is_dir() and not any(out_dir.iterdir()):
-        out_dir.rmdir()
-    if out_dir.exists():
-        raise UsageError(f"{out_dir} is not an empty folder; a version gets one of its own")
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    _clear_place(out_dir)
     spec = definition.inputs[0]
-    calibration = load_held_out(calibration_path, spec) if calibration_path else None
-    validation = load_held_out(validation_path, spec) if validation_path else calibration
+    calibration = load_held_out(data.calibration_path, spec) if data.calibration_path else None
+    validation = load_held_out(data.validation_path, spec) if data.validation_path else calibration
     ranges = calibration or validation
     if ranges is None:
         say(
@@ -73,11 +84,19 @@ def package_definition(
             ),
             version=_get_next_version(directory, definition.name),
             calibration=_make_up_inputs(spec) if ranges is None else ranges.x,
-            measure=_build_measure(definition, validation),
+            tools=Tools(measure=_build_measure(definition, validation), tflite=tflite),
             lineage=Lineage(),
             privacy=None,
             out_dir=out_dir,
         )
+
+
+def _clear_place(out_dir: Path) -> None:
+    if out_dir.is_dir() and not any(out_dir.iterdir()):
+        out_dir.rmdir()
+    if out_dir.exists():
+        raise UsageError(f"{out_dir} is not an empty folder; a version gets one of its own")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _load_or_export(definition: ModelDefinition, directory: Path, say: Say) -> Architecture:
@@ -94,7 +113,7 @@ def _load_or_export(definition: ModelDefinition, directory: Path, say: Say) -> A
             "remove that folder, or give the new definition a name of its own"
         )
     say(f"using the architecture in {directory}; remove it if the definition has changed")
-    return architecture
+    return update_wishes(architecture, prefer=definition.prefer, logit_tolerance=definition.logit_tolerance)
 
 
 def _get_next_version(directory: Directory | None, model: str) -> int:

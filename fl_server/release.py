@@ -27,7 +27,8 @@ from fl_server.fleet.mqtt import LinkError
 from fl_server.held_out import load_held_out
 from fl_server.packaging.architecture import Architecture, load_architecture
 from fl_server.packaging.definitions import load_definition
-from fl_server.packaging.package import package_version
+from fl_server.packaging.package import Tools, package_version
+from fl_server.packaging.tflite import build_exporter
 from fl_server.registry.registry import ModelVersion, Registry, RegistryError
 from fl_server.rollout.publisher import Publish, Publisher, count_pushed_bytes, list_blobs
 from fl_server.rollout.repository import ReleaseRepository
@@ -168,7 +169,7 @@ class Releases:
                 parameters=parameters,
                 version=registry.get_next_version(model),
                 calibration=self._load_calibration(model, architecture),
-                measure=self._build_measure(model, architecture),
+                tools=self._build_tools(model, architecture),
                 lineage=lineage,
                 privacy=privacy,
                 out_dir=scratch_dir,
@@ -209,6 +210,14 @@ class Releases:
     def _load_calibration(self, model: str, architecture: Architecture) -> npt.NDArray[Any]:
         settings = self._get_settings(model)
         return load_held_out(settings.calibration or settings.validation, architecture.inputs[0]).x
+
+    def _build_tools(self, model: str, architecture: Architecture) -> Tools:
+        runtime = self._get_settings(model).runtime
+        definition = resolve_definition(self._settings, model, self._directory.path)
+        return Tools(
+            measure=self._build_measure(model, architecture),
+            tflite=build_exporter(definition) if runtime == "tflite" else None,
+        )
 
     def _build_measure(self, model: str, architecture: Architecture) -> Callable[[Path, Path], Quality]:
         path = self._get_settings(model).validation

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from fl_server.evaluation.metrics import Array, MetricFunction, get_metric, get_metric_name
+from fl_server.inference import OnnxGraph, open_graph, run_batches
 from models.contract.manifest import Quality, TrainingContract
 
-_ROWS = 256  # in one run of an inference graph
 _DIGITS = Decimal("0.000001")
 
 
@@ -35,7 +34,7 @@ class Evaluator:
     """The evaluation graph of an architecture, loaded once and run after every round."""
 
     def __init__(self, graph_path: Path, training: TrainingContract, metric: str | MetricFunction) -> None:
-        self._session = _open_session(graph_path)
+        self._session = OnnxGraph(graph_path).session
         self._training = training
         self._metric = get_metric(metric)
 
@@ -76,8 +75,14 @@ def evaluate_parameters(
 def measure_quality(
     inference_path: Path, float_path: Path, x: Array, y: Array, metric: str | MetricFunction
 ) -> Quality:
-    """Return what the packaged graph is worth on x, y, shapes (n, ...), n >= 1, beside the float graph."""
-    packaged, exact = _run_all(inference_path, x), _run_all(float_path, x)
+    """Return what the packaged graph, of either runtime, is worth on x, y, shapes (n, ...), n >= 1, beside the float one.
+
+    Both have one input and one output; the float graph is ONNX.
+    """
+    float_graph = OnnxGraph(float_path)
+    feeds = {float_graph.session.get_inputs()[0].name: x}
+    (packaged,) = run_batches(open_graph(inference_path), feeds).values()
+    (exact,) = run_batches(float_graph, feeds).values()
     function = get_metric(metric)
     return Quality(
         metric=get_metric_name(metric),
@@ -86,18 +91,6 @@ def measure_quality(
         float_value=_round(function(exact, y)),
         logit_deviation=_round(float(np.abs(packaged.astype(np.float64) - exact).mean())),
     )
-
-
-def _run_all(path: Path, x: Array) -> Array:
-    session = _open_session(path)
-    name = session.get_inputs()[0].name
-    return np.concatenate([session.run(None, {name: x[i : i + _ROWS]})[0] for i in range(0, len(x), _ROWS)])
-
-
-def _open_session(path: Path) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1  # two threads double the time of small models
-    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def _round(value: float) -> Decimal:

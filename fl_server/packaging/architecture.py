@@ -1,7 +1,7 @@
 """Architecture: what is exported once and shared by all versions of a model; read without torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,9 @@ from fl_server.errors import UsageError
 from models.contract.encoding import build_json, parse_json
 from models.contract.errors import MalformedError
 from models.contract.files import save_atomically
-from models.contract.manifest import EVALUATE_NAME, TRAIN_STEP_NAME, TrainingContract
+from models.contract.manifest import EVALUATE_NAME, TRAIN_STEP_NAME, Preference, TrainingContract
+from models.definitions.definition import DEFAULT_LOGIT_TOLERANCE
+from models.tensors.features import Feature
 from models.tensors.layout import Layout
 from models.tensors.spec import TensorSpec
 
@@ -31,6 +33,7 @@ class ArchitectureDocument:
 
     Attributes:
         quantization: "static" int8 with calibrated activations; "dynamic" where embeddings make that larger.
+        prefer: The definition's wish, as `ModelDefinition` explains it; so is `logit_tolerance`.
     """
 
     schema_version: Literal[1] = 1
@@ -38,8 +41,11 @@ class ArchitectureDocument:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...]
+    features: tuple[Feature, ...] = ()
     training: TrainingContract
     quantization: Quantization
+    prefer: Preference = "size"
+    logit_tolerance: float | None = DEFAULT_LOGIT_TOLERANCE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +85,19 @@ def load_architecture(directory: Path) -> Architecture:
     return Architecture(
         directory=directory, **{field.name: getattr(document, field.name) for field in fields(document)}
     )
+
+
+def update_wishes(architecture: Architecture, *, prefer: Preference, logit_tolerance: float | None) -> Architecture:
+    """Return `architecture` with a definition's wishes of today, kept in its folder; no graph depends on them."""
+    changed = replace(architecture, prefer=prefer, logit_tolerance=logit_tolerance)
+    if changed != architecture:
+        save_architecture_document(
+            architecture.directory,
+            ArchitectureDocument(
+                **{field.name: getattr(changed, field.name) for field in fields(ArchitectureDocument)}
+            ),
+        )
+    return changed
 
 
 def save_architecture_document(directory: Path, document: ArchitectureDocument) -> None:

@@ -112,6 +112,7 @@ def _export_all(source: Source, staging: Path) -> None:
         inputs=definition.inputs,
         outputs=definition.outputs,
         labels=definition.labels,
+        features=definition.features,
         training=TrainingContract(
             layout=Layout(names=tuple(names), shapes=tuple(tuple(value.shape) for value in parameters.values())),
             batch=definition.batch,
@@ -119,6 +120,8 @@ def _export_all(source: Source, staging: Path) -> None:
             metric=definition.metric if isinstance(definition.metric, str) else definition.metric.__name__,
         ),
         quantization="dynamic" if has_embedding else "static",
+        prefer=definition.prefer,
+        logit_tolerance=definition.logit_tolerance,
     )
     save_architecture_document(staging, document)
 
