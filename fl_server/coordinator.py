@@ -131,8 +131,8 @@ class Coordinator:
             return
         match document:
             case Status():
-                self._roster.save_status(device_id, document)
-                if document.online and self._run:
+                before = self._roster.save_status(device_id, document)
+                if self._run and _may_come_now(before, document):
                     await self._run.wake_absent(only=device_id)
             case Telemetry():
                 self._roster.save_telemetry(device_id, document)
@@ -140,7 +140,7 @@ class Coordinator:
                 if self._roster.save_event(device_id, document):
                     logger.info("%s: %s %s", device_id, document.kind, document.message)
                     if self._run:
-                        self._run.note(device_id, document)
+                        await self._run.note(device_id, document)
                 topic = build_device_topic(self._settings.fleet, device_id, Channel.ACK)
                 with contextlib.suppress(LinkError):  # the device sends it again
                     await self._link.publish(topic, build_json(Ack(ids=(document.id,))))
@@ -193,3 +193,8 @@ class Coordinator:
             await self._announcer.repeat()
             if self._run:
                 await self._run.wake_absent()
+
+
+def _may_come_now(before: Status | None, status: Status) -> bool:
+    """Return whether waking may help now: a device repeats its status with every event, a refusal's too."""
+    return status.online and (before is None or not before.online or before.version != status.version)

@@ -98,6 +98,7 @@ class TrainingRun:
         self._run_dir = services.directory.runs_dir / run
         self._spec: rounds.RunSpec | None = None
         self._absent: set[str] = set()
+        self._woken_again: set[str] = set()  # in the round under way, since their training process ended
 
     async def execute(self) -> RunResult:
         """Run to the end.
@@ -127,10 +128,15 @@ class TrainingRun:
         if self._spec is not None:
             await self._services.announcer.wake(self._spec, self._absent if only is None else self._absent & {only})
 
-    def note(self, device_id: str, event: DeviceEvent) -> None:
-        """Tell who follows the run why a device does not take part."""
-        if event.run == self._run and event.kind in (EventKind.TRAINING_REFUSED, EventKind.ORDER_REFUSED):
+    async def note(self, device_id: str, event: DeviceEvent) -> None:
+        """Tell who follows the run why a device does not take part; wake it if its training process has ended."""
+        if event.run != self._run or self._spec is None or device_id not in self._spec.devices:
+            return
+        if event.kind in (EventKind.TRAINING_REFUSED, EventKind.ORDER_REFUSED):
             self._say(f"{device_id}: {event.message}")
+        if event.kind is EventKind.TRAINING_ENDED and device_id not in self._woken_again:
+            self._woken_again.add(device_id)  # once a round: one that cannot live would be started for ever
+            await self._services.announcer.wake(self._spec, {device_id})
 
     async def _prepare(self) -> rounds.RunSpec:
         """Return the run's specification, made on the first call."""
@@ -210,6 +216,7 @@ class TrainingRun:
                 await self.wake_absent()
             case RoundCompleted():
                 self._absent = set(event.missing)
+                self._woken_again.clear()
                 await self.wake_absent()
                 await self._conclude(spec, event)
             case UpdateRefused():
@@ -217,6 +224,7 @@ class TrainingRun:
             case Abandoned():
                 self._say(f"round {event.round} was abandoned: {event.reason}")
                 self._absent = set(spec.devices)
+                self._woken_again.clear()
                 await self.wake_absent()
 
     async def _conclude(self, spec: rounds.RunSpec, event: RoundCompleted) -> None:

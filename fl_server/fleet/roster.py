@@ -138,8 +138,11 @@ class Roster:
     def save_node_id(self, device_id: str, node_id: int) -> None:
         self._database.execute("UPDATE devices SET node_id = ? WHERE device_id = ?", (str(node_id), device_id))
 
-    def save_status(self, device_id: str, status: Status) -> None:
+    def save_status(self, device_id: str, status: Status) -> Status | None:
+        """Keep what the device says of itself, and return what it said before."""
+        row = self._database.execute("SELECT status FROM devices WHERE device_id = ?", (device_id,)).fetchone()
         self._database.execute("UPDATE devices SET status = ? WHERE device_id = ?", (build_json(status), device_id))
+        return None if row is None or row["status"] is None else parse_json(row["status"], Status)
 
     def save_telemetry(self, device_id: str, telemetry: Telemetry) -> None:
         """Keep the device's last measurements."""

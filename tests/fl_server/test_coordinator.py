@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -243,3 +244,27 @@ def test_run_survives_kills_of_the_superlink_and_of_the_broker(federation, broke
     assert notice.run == result["run"]
     assert [outcome["accepted"] for outcome in result["rounds"]] == [["device-1"]] * 4
     assert device.wakes
+
+
+def test_device_that_refuses_is_woken_once_a_round(federation):
+    federation.environment |= {"FL_SERVER_ROUNDS__JOIN_TIMEOUT_S": "3"}
+    federation.start()
+    willing, refusing = [federation.add_device(f"device-{number}", fraction=0.3) for number in (1, 2)]
+    refusing.excuses = itertools.repeat(EventKind.TRAINING_REFUSED)
+    assert federation.command("release", str(federation.directory / "v1")).returncode == 0
+    done = federation.command("train", MODEL, "--rounds", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [outcome["missing"] for outcome in json.loads(done.stdout)["rounds"]] == [["device-2"]] * 2
+    assert "device-2: not this time" in done.stderr
+    assert willing.wakes
+    assert len(refusing.wakes) <= 4  # when the run begins, when it has joined, and after each round
+
+
+def test_device_whose_training_process_ended_is_woken_at_once(federation):
+    federation.start()
+    device = federation.add_device("device-1", fraction=0.3)
+    device.excuses = iter([EventKind.TRAINING_ENDED])
+    assert federation.command("release", str(federation.directory / "v1")).returncode == 0
+    done = federation.command("train", MODEL, "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(device.wakes) >= 2

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +18,7 @@ import psutil
 from paho.mqtt.enums import CallbackAPIVersion
 
 from models.contract.encoding import build_json
-from models.contract.messages import Event, Status
+from models.contract.messages import Event, EventKind, Status
 from tests.simulators.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
@@ -158,6 +159,7 @@ class SimulatedDevice:
 
     def __init__(self, federation: Federation, device_id: str, bundle: Path, fraction: float) -> None:
         self.device_id, self.received, self.teacher = device_id, list[tuple[str, bytes]](), None
+        self.excuses: Iterator[EventKind] = iter(())  # said, one a wake command, in place of training
         self._federation, self._bundle, self._fraction = federation, bundle, fraction
         self._prefix = f"fl/v1/{FLEET}/device/{device_id}"
         self._client = paho.Client(CallbackAPIVersion.VERSION2, client_id=device_id, protocol=paho.MQTTv5)
@@ -202,10 +204,20 @@ class SimulatedDevice:
     def _on_message(self, _client: paho.Client, _userdata: object, message: paho.MQTTMessage) -> None:
         self.received.append((message.topic, message.payload))
         is_asleep = self.teacher is None or self.teacher.poll() is not None
-        if message.topic.endswith("/command") and is_asleep:
+        if not message.topic.endswith("/command"):
+            return
+        if excuse := next(self.excuses, None):
+            self._excuse(excuse)
+        elif is_asleep:
             self.teacher = subprocess.Popen(
                 [
                     *(sys.executable, str(TEACHER_PROGRAM), f"127.0.0.1:{self._federation.superlink_port}"),
                     *(str(self._bundle / "ca.pem"), str(self._bundle / "node.key"), str(self._fraction)),
                 ]
             )
+
+    def _excuse(self, kind: EventKind) -> None:
+        wakes = self.wakes
+        name = f"{kind}-{len(wakes)}"
+        self.say(Event(id=name, sent_at=1.0, kind=kind, message="not this time", run=wakes[-1]["run"]))
+        self.say_online(online=True)  # as an agent does with every event
