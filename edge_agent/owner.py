@@ -95,7 +95,7 @@ def build_privacy_text(report: PrivacyReport) -> str:
     lines += [
         "Your samples stay on this device. What leaves it is noise added to the sum of many clipped contributions:",
         "the smaller epsilon, the less anyone who sees it can tell whether one given sample was among yours.",
-        "A person with k samples here loses about k times as much. A run that would cross the limit is refused.",
+        "A person with k samples here loses more than k times as much. A run that would cross the limit is refused.",
     ]
     return "\n".join(lines)
 

@@ -8,7 +8,6 @@ The run directory and the registry hold all of its state: started again, it goes
 """
 
 import asyncio
-import dataclasses
 import sys
 from asyncio.subprocess import Process
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from fl_server.announcer import Announcer
 from fl_server.children import running
+from fl_server.claim import build_claim
 from fl_server.config import ServerSettings
 from fl_server.directory import Directory
 from fl_server.errors import RunError, ServerError
@@ -25,7 +25,6 @@ from fl_server.fleet.roster import Roster
 from fl_server.jobs import TrainRequest
 from fl_server.packaging.architecture import load_parameters
 from fl_server.plan import build_spec
-from fl_server.privacy.statement import build_statement
 from fl_server.release import Releases
 from fl_server.rounds import run as rounds
 from fl_server.rounds.events import Abandoned, Done, Event, Joined, RoundCompleted, UpdateRefused, parse_event
@@ -243,13 +242,7 @@ class TrainingRun:
         base = parse_manifest((self._run_dir / BASE_NAME).read_bytes())
         earlier = [self._load_outcome(number).version for number in range(1, event.round)]
         parent = max((version for version in earlier if version is not None), default=base.version)
-        statement = build_statement(
-            spec.privacy, steps=spec.training.steps, rounds_done=event.round, cohort=len(spec.devices)
-        )
-        if base.privacy is not None:  # the same records may have been in an earlier run: epsilons add up
-            statement = dataclasses.replace(
-                statement, epsilon=statement.epsilon + base.privacy.epsilon, delta=statement.delta + base.privacy.delta
-            )
+        statement = await asyncio.to_thread(build_claim, self._run_dir.parent, spec, event.round, base)
         verdict = await self._services.releases.consider(
             spec.model,
             spec.layout.unflatten(rounds.load_parameters(self._run_dir, spec.layout, event.round)),

@@ -1,6 +1,8 @@
 """How much noise keeps a run within its budget, found with dp-accounting's RDP accountant."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from decimal import ROUND_UP, Decimal
 from functools import lru_cache
 
@@ -75,7 +77,8 @@ def calibrate_noise_multiplier(*, sampling_rate: Decimal, steps: int, delta: Dec
     target = float(epsilon * MARGIN)
 
     def spend(noise: int, orders: Sequence[float]) -> tuple[float, float]:
-        return _compute_epsilon(sampling_rate, noise * NOISE_STEP, steps, delta, orders)
+        phase = Phase(sampling_rate=sampling_rate, noise_multiplier=noise * NOISE_STEP, steps=steps)
+        return _compute_epsilon((phase,), delta, orders)
 
     def find_least(orders: Sequence[float], high: int) -> int:
         return _find_least(lambda noise: spend(noise, orders)[0] <= target, high)
@@ -117,21 +120,31 @@ def _find_least(keeps_budget: Callable[[int], bool], high: int) -> int:
     return high
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Poisson-sampled Gaussian steps that were taken alike; `steps` may be 0."""
+
+    sampling_rate: Decimal
+    noise_multiplier: Decimal
+    steps: int
+
+
 @lru_cache(maxsize=256)
-def compute_epsilon(sampling_rate: Decimal, noise_multiplier: Decimal, steps: int, delta: Decimal) -> float:
-    """Return what `steps` Poisson-sampled Gaussian steps spend at `delta`, when a record is added or removed."""
-    if steps == 0:
-        return 0.0
-    return _compute_epsilon(sampling_rate, noise_multiplier, steps, delta, _ORDERS)[0]
+def compute_epsilon(phases: tuple[Phase, ...], delta: Decimal) -> float:
+    """Return what all `phases` together spend at `delta`, when a record is added or removed."""
+    return _compute_epsilon(phases, delta, _ORDERS)[0]
 
 
-def _compute_epsilon(
-    sampling_rate: Decimal, noise_multiplier: Decimal, steps: int, delta: Decimal, orders: Sequence[float]
-) -> tuple[float, float]:
+def _compute_epsilon(phases: Iterable[Phase], delta: Decimal, orders: Sequence[float]) -> tuple[float, float]:
     """Return an upper bound of what is spent, and the one of `orders` that gives it."""
+    steps: Counter[PoissonSampledDpEvent] = Counter()
+    for phase in phases:
+        step = GaussianDpEvent(float(phase.noise_multiplier))
+        steps[PoissonSampledDpEvent(float(phase.sampling_rate), step)] += phase.steps
     accountant = RdpAccountant(orders)
-    step = PoissonSampledDpEvent(float(sampling_rate), GaussianDpEvent(float(noise_multiplier)))
-    accountant.compose(SelfComposedDpEvent(step, steps))
+    for step, count in steps.items():
+        if count:
+            accountant.compose(SelfComposedDpEvent(step, count))
     epsilon, order = accountant.get_epsilon_and_optimal_order(float(delta))
     return float(epsilon), float(order)
 

@@ -190,8 +190,8 @@ def test_run_trains_in_rounds_and_releases_what_is_better(federation, broker):
         assert command.poll_interval_ms >= 200
     second = federation.command("train", MODEL, "--rounds", "1", "--epsilon", "4", "--json")
     assert second.returncode == 0, second.stderr
-    spent = float(json.loads(second.stdout)["epsilon"]) - float(result["rounds"][0]["epsilon"])
-    assert 3.5 < spent <= 4  # the champion's own epsilon is added: the same records may be in both runs
+    # The same records may be in both runs, and who sees updates saw those of the round that released nothing.
+    assert float(result["epsilon"]) + 0.5 < float(json.loads(second.stdout)["epsilon"]) <= float(result["epsilon"]) + 4
 
 
 def test_run_goes_on_after_a_kill_of_the_coordinator_and_no_round_is_released_twice(federation):

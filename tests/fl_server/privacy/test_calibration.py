@@ -5,11 +5,12 @@ import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 
-from edge_agent.training.accountant import Phase
+from edge_agent.training.accountant import Phase as DevicePhase
 from edge_agent.training.accountant import compute_epsilon as compute_device_epsilon
 from fl_server.errors import UsageError
 from fl_server.privacy.calibration import (
     NOISE_STEP,
+    Phase,
     build_privacy_plan,
     calibrate_noise_multiplier,
     compute_epsilon,
@@ -27,14 +28,18 @@ REQUESTS = [
 ]
 
 
+def spend(rate: Decimal, noise: Decimal, steps: int, delta: Decimal) -> float:
+    return compute_epsilon((Phase(sampling_rate=rate, noise_multiplier=noise, steps=steps),), delta)
+
+
 @pytest.mark.parametrize(("rate", "steps", "delta", "epsilon"), REQUESTS)
 def test_noise_is_the_least_that_keeps_the_budget(rate, steps, delta, epsilon):
     rate, delta, epsilon = Decimal(rate), Decimal(delta), Decimal(epsilon)
     noise = calibrate_noise_multiplier(sampling_rate=rate, steps=steps, delta=delta, epsilon=epsilon)
     target = float(epsilon) * 0.995
     assert noise == round(noise, 4)
-    assert compute_epsilon(rate, noise, steps, delta) <= target
-    assert compute_epsilon(rate, noise - NOISE_STEP, steps, delta) > target
+    assert spend(rate, noise, steps, delta) <= target
+    assert spend(rate, noise - NOISE_STEP, steps, delta) > target
 
 
 @pytest.mark.parametrize(("rate", "steps", "delta", "epsilon"), REQUESTS)
@@ -53,7 +58,7 @@ def test_ledger_of_the_device_finds_the_budget_kept(rate, steps, delta, epsilon)
     noise = calibrate_noise_multiplier(
         sampling_rate=Decimal(rate), steps=steps, delta=Decimal(delta), epsilon=Decimal(epsilon)
     )
-    spent = [Phase(sampling_rate=float(rate), noise_multiplier=float(noise), steps=steps)]
+    spent = [DevicePhase(sampling_rate=float(rate), noise_multiplier=float(noise), steps=steps)]
     assert 0.95 * float(epsilon) < compute_device_epsilon(spent, float(delta)) <= float(epsilon)
 
 
@@ -61,7 +66,7 @@ def test_ledger_of_the_device_agrees_where_delta_alone_covers_the_run():
     noise = calibrate_noise_multiplier(
         sampling_rate=Decimal("0.00179"), steps=4, delta=Decimal("0.0083"), epsilon=Decimal("0.253")
     )
-    spent = [Phase(sampling_rate=0.00179, noise_multiplier=float(noise), steps=4)]
+    spent = [DevicePhase(sampling_rate=0.00179, noise_multiplier=float(noise), steps=4)]
     assert compute_device_epsilon(spent, 0.0083) == 0
     assert compute_device_epsilon([*spent, *spent], 0.0083) > 0.253
 
@@ -75,8 +80,19 @@ def test_operator_does_not_wait_for_the_calibration():
 
 
 def test_epsilon_of_known_runs_is_what_was_published():
-    assert compute_epsilon(Decimal("0.064"), Decimal(1), 160, Decimal("0.00001")) == pytest.approx(6.245, abs=0.01)
-    assert compute_epsilon(Decimal("0.01"), Decimal(1), 1000, Decimal("0.00001")) == pytest.approx(2.101, abs=0.01)
+    assert spend(Decimal("0.064"), Decimal(1), 160, Decimal("0.00001")) == pytest.approx(6.245, abs=0.01)
+    assert spend(Decimal("0.01"), Decimal(1), 1000, Decimal("0.00001")) == pytest.approx(2.101, abs=0.01)
+
+
+def test_runs_together_spend_what_the_ledger_of_a_device_in_all_of_them_says():
+    runs = [("0.1", "1.5", 50), ("0.25", "2.5", 40), ("0.1", "1.5", 30)]
+    phases = tuple(
+        Phase(sampling_rate=Decimal(rate), noise_multiplier=Decimal(noise), steps=steps) for rate, noise, steps in runs
+    )
+    device = [DevicePhase(float(rate), float(noise), steps) for rate, noise, steps in runs]
+    epsilon = compute_epsilon(phases, Decimal("0.001"))
+    assert epsilon == pytest.approx(compute_device_epsilon(device, 0.001), rel=0.01)
+    assert max(compute_epsilon((phase,), Decimal("0.001")) for phase in phases) < epsilon
 
 
 def test_plan_covers_all_steps_of_all_rounds():

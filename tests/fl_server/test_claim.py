@@ -1,0 +1,113 @@
+from dataclasses import replace
+from decimal import Decimal
+
+import numpy as np
+import pytest
+
+from edge_agent.training.accountant import Phase, compute_epsilon
+from fl_server.claim import build_claim
+from fl_server.rounds.run import RunSpec, create_run, save_checkpoint
+from models.contract.manifest import INFERENCE_NAMES, FileEntry, Lineage, ModelManifest
+from models.contract.privacy import PrivacyPlan, PrivacyStatement, TrainingPlan, Unit
+from models.tensors.layout import Layout
+from models.tensors.spec import TensorSpec
+
+LAYOUT = Layout(names=("bias",), shapes=((2,),))
+SPEC = RunSpec(
+    fleet="demo",
+    model="digits",
+    run="run-2",
+    graph_digest="a" * 64,
+    layout=LAYOUT,
+    privacy=PrivacyPlan(
+        unit=Unit.SAMPLE,
+        clipping_norm=Decimal(1),
+        noise_multiplier=Decimal("1.5"),
+        sampling_rate=Decimal("0.1"),
+        delta=Decimal("0.001"),
+        epsilon=Decimal(8),
+    ),
+    training=TrainingPlan(rounds=3, steps=10, expected_batch=Decimal(8), learning_rate=Decimal("0.1")),
+    devices={"device-1": 1},
+    quorum=1,
+    deadline_s=60.0,
+    join_timeout_s=30.0,
+    superlink="127.0.0.1:9092",
+    ca_path="/ca.pem",
+    superexec_secret_path="/secret",
+    order_key_path="/orders.pem",
+    update_norm_limit=Decimal(12),
+)
+BASE = ModelManifest(
+    model="digits",
+    version=1,
+    runtime="onnx",
+    inputs=(TensorSpec("x", ("batch", 2), "float32"),),
+    outputs=(TensorSpec("y", ("batch", 2), "float32"),),
+    files={INFERENCE_NAMES["onnx"]: FileEntry(digest="b" * 64, size_bytes=1)},
+)
+STATEMENT = PrivacyStatement(
+    unit=Unit.SAMPLE,
+    epsilon=Decimal(3),
+    delta=Decimal("0.001"),
+    mechanism="DP-SGD",
+    accountant="RDP",
+    expected_cohort=8,
+    trust_model="",
+)
+
+
+@pytest.fixture
+def runs_dir(tmp_path):
+    create_run(tmp_path / SPEC.run, SPEC, np.zeros(2, np.float32))
+    return tmp_path
+
+
+def add_run(runs_dir, run, *, rounds_done, model="digits"):
+    spec = replace(SPEC, run=run, model=model)
+    create_run(runs_dir / run, spec, np.zeros(2, np.float32))
+    for number in range(1, rounds_done + 1):
+        save_checkpoint(
+            runs_dir / run, LAYOUT, np.zeros(2, np.float32), number=number, accepted=(), missing=(), seconds=1.0
+        )
+
+
+def ledger(*, rounds: int) -> float:
+    """Return what a device that took part in `rounds` finds in its ledger."""
+    return compute_epsilon([Phase(0.1, 1.5, 10 * rounds)], 0.001)
+
+
+def test_first_run_claims_its_own_rounds(runs_dir):
+    claim = build_claim(runs_dir, SPEC, 2, BASE)
+    assert float(claim.epsilon) == pytest.approx(ledger(rounds=2), rel=0.01)
+
+
+def test_rounds_of_earlier_runs_count_though_no_version_came_of_them(runs_dir):
+    add_run(runs_dir, "run-1", rounds_done=3)
+    claim = build_claim(runs_dir, SPEC, 2, BASE)
+    assert float(claim.epsilon) == pytest.approx(ledger(rounds=5), rel=0.01)
+    assert claim.delta == SPEC.privacy.delta
+
+
+def test_round_in_which_an_earlier_run_ended_counts_as_its_updates_may_have_been_seen(runs_dir):
+    add_run(runs_dir, "run-1", rounds_done=1)
+    claim = build_claim(runs_dir, SPEC, 1, BASE)
+    assert float(claim.epsilon) == pytest.approx(ledger(rounds=3), rel=0.01)
+
+
+def test_base_of_an_earlier_run_is_not_counted_twice(runs_dir):
+    add_run(runs_dir, "run-1", rounds_done=3)
+    base = replace(BASE, privacy=STATEMENT, lineage=Lineage(run="run-1", round=2))
+    assert build_claim(runs_dir, SPEC, 2, base) == build_claim(runs_dir, SPEC, 2, BASE)
+
+
+def test_runs_of_other_models_do_not_count(runs_dir):
+    add_run(runs_dir, "run-1", rounds_done=3, model="faces")
+    assert float(build_claim(runs_dir, SPEC, 2, BASE).epsilon) == pytest.approx(ledger(rounds=2), rel=0.01)
+
+
+def test_epsilon_of_a_base_made_elsewhere_is_added(runs_dir):
+    base = replace(BASE, privacy=STATEMENT, lineage=Lineage(run="of-another-federation", round=2))
+    claim = build_claim(runs_dir, SPEC, 2, base)
+    assert claim.epsilon == build_claim(runs_dir, SPEC, 2, BASE).epsilon + 3
+    assert claim.delta == Decimal("0.002")
