@@ -14,6 +14,7 @@ from models.contract.encoding import build_json, parse_json
 from models.contract.privacy import TrainingPlan
 from models.contract.topics import check_name
 
+LINES_KEPT = 10_000  # of each job; older ones go: what a device reports must not fill the disk
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     job INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -29,6 +30,7 @@ CREATE TABLE IF NOT EXISTS job_lines (
     job INTEGER NOT NULL REFERENCES jobs (job),
     line TEXT NOT NULL
 ) STRICT;
+CREATE INDEX IF NOT EXISTS lines_of_a_job ON job_lines (job, number);
 """
 
 
@@ -142,6 +144,11 @@ class Jobs:
     def add_line(self, job: int, line: str) -> None:
         """Tell whoever follows the job."""
         self._database.execute("INSERT INTO job_lines (job, line) VALUES (?, ?)", (job, line))
+        self._database.execute(
+            "DELETE FROM job_lines WHERE job = ? AND number <= "
+            "(SELECT number FROM job_lines WHERE job = ? ORDER BY number DESC LIMIT 1 OFFSET ?)",
+            (job, job, LINES_KEPT),
+        )
 
     def list_lines(self, job: int, *, after: int = 0) -> list[tuple[int, str]]:
         """Return the job's lines with their numbers, from the first whose number is above `after`."""

@@ -51,6 +51,16 @@ def test_lines_of_a_job_are_read_from_where_a_reader_was(jobs, tmp_path):
         assert [line for _, line in reader.list_lines(job, after=seen)] == ["two"]
 
 
+def test_lines_of_a_job_are_bounded_and_the_newest_stay(jobs, monkeypatch):
+    monkeypatch.setattr("fl_server.jobs.LINES_KEPT", 3)
+    job, other = jobs.add(TRAIN), jobs.add(TRAIN)
+    jobs.add_line(other, "not mine")
+    for number in range(5):
+        jobs.add_line(job, str(number))
+    assert [line for _, line in jobs.list_lines(job)] == ["2", "3", "4"]
+    assert [line for _, line in jobs.list_lines(other)] == ["not mine"]
+
+
 def test_unknown_job_is_an_error(jobs):
     with pytest.raises(ServerError, match="no job 7"):
         jobs.get(7)
