@@ -1,6 +1,7 @@
 """From a wake command to a training process, and from what that process says to events."""
 
 import asyncio
+import logging
 import sys
 import time
 
@@ -14,6 +15,8 @@ from edge_agent.updates.installer import Updater
 from models.contract.envelope import WakeCommand
 from models.contract.errors import EnvelopeError, MalformedError
 from models.contract.messages import EventKind
+
+log = logging.getLogger(__name__)
 
 TRAINER_COMMAND = (sys.executable, "-m", "edge_agent.trainer")
 _EVENTS = {
@@ -102,6 +105,8 @@ class TrainingDesk:
             return
         if kind := _EVENTS.get(event.event):
             self._reporter.tell(kind, event.message, run=run, round_number=event.round)
+        else:  # the coordinator sees the update itself; here the owner does
+            log.info("%s; epsilon %s in all", event.message, event.epsilon)
 
     def _note_exit(self, run: str, problem: str | None) -> None:
         if problem is not None:

@@ -62,6 +62,7 @@ def test_devices_learn_and_serve_what_was_learnt_through_kills_of_everything(fed
         entries = parse_ledger((device.config_path.parent / "state/training/ledger.jsonl").read_bytes())[0]
         rounds = [entry.round for entry in entries]
         assert rounds == sorted(set(rounds)), "a round was paid for twice"
+        assert "round 1 of run" in device.log_path.read_text()
         with AgentClient(device.socket_path) as agent:
             (spent,) = agent.get("/v1/privacy")["spent"]
         assert spent["rounds"] == ROUNDS
