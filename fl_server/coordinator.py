@@ -1,7 +1,7 @@
 """The coordinator service: a list of named steps on one event loop, ended together.
 
 superlink   Flower's SuperLink as a child, started again whenever it ends
-nodes       enrolled devices become nodes of the SuperLink
+nodes       enrolled devices become nodes of the SuperLink, revoked ones are none any more
 messages    what the fleet says, onto the roster; retained state again after a reconnect
 jobs        what operators ask for, one at a time
 metadata    what is signed, signed again before it expires, and published if the broker lacks it
@@ -105,12 +105,13 @@ class Coordinator:
         is_first = True  # the SuperLink's database may be a new one
         while True:
             members = [device for device in self._roster.list_devices() if device.revoked_at is None]
-            if is_first or any(device.node_id is None for device in members):
-                try:
+            try:
+                if is_first or any(device.node_id is None for device in members):
                     await self._superlink.register_devices()
                     is_first = False
-                except RunError as error:
-                    logger.warning("%s", error)
+                await self._superlink.unregister_revoked()
+            except RunError as error:
+                logger.warning("%s", error)
             await asyncio.sleep(NODES_INTERVAL_S)
 
     async def _listen(self) -> None:

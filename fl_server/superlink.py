@@ -10,7 +10,7 @@ from fl_server.config import SuperLinkSettings
 from fl_server.directory import Directory
 from fl_server.errors import RunError
 from fl_server.fleet.roster import Roster
-from fl_server.rounds.flower import SessionLostError, register_nodes, superlink_command
+from fl_server.rounds.flower import SessionLostError, register_nodes, superlink_command, unregister_nodes
 from models.contract.settings import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -69,6 +69,26 @@ class SuperLink:
                 if device.node_id != nodes[device.device_id]:
                     self._roster.save_node_id(device.device_id, nodes[device.device_id])
                     logger.info("%s is node %d", device.device_id, nodes[device.device_id])
+
+    async def unregister_revoked(self) -> None:
+        """Exclude the nodes of revoked devices; done again after any interruption, as the roster says who is left.
+
+        Raises:
+            RunError: The SuperLink does not answer.
+        """
+        async with self._registering:
+            revoked = {
+                device.device_id: device.node_id
+                for device in self._roster.list_devices()
+                if device.revoked_at is not None and device.node_id is not None
+            }
+            if revoked:
+                await asyncio.to_thread(
+                    unregister_nodes, self._settings.address, self._directory.ca_path, revoked.values()
+                )
+            for device_id, node_id in revoked.items():
+                self._roster.save_node_id(device_id, None)
+                logger.info("%s is revoked and node %d no more", device_id, node_id)
 
 
 def check_port_free(settings: SuperLinkSettings) -> None:

@@ -49,7 +49,7 @@ class Device:
 
     Attributes:
         public_key: Of its Flower node, OpenSSH format.
-        node_id: As the SuperLink registered it; None until then.
+        node_id: As the SuperLink registered it; None until then, and once it has unregistered a revoked device.
         enrolled_at: Unix time, s.
         revoked_at: Unix time, s, from which it takes part in nothing.
         status: The last it said, if it ever did; `telemetry` likewise.
@@ -135,8 +135,9 @@ class Roster:
         if not self._database.execute(query, (time.time(), device_id)).rowcount:
             raise RosterError(f"device {device_id!r} is not enrolled; see fl-server devices")
 
-    def save_node_id(self, device_id: str, node_id: int) -> None:
-        self._database.execute("UPDATE devices SET node_id = ? WHERE device_id = ?", (str(node_id), device_id))
+    def save_node_id(self, device_id: str, node_id: int | None) -> None:
+        text = None if node_id is None else str(node_id)
+        self._database.execute("UPDATE devices SET node_id = ? WHERE device_id = ?", (text, device_id))
 
     def save_status(self, device_id: str, status: Status) -> Status | None:
         """Keep what the device says of itself, and return what it said before."""

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from flwr.app.message import remove_content_from_message
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import SUPERLINK_NODE_ID, SubStatus
 from flwr.common.serde import fab_to_proto, message_from_proto, message_to_proto
-from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest
+from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest, UnregisterNodeRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
@@ -193,6 +193,18 @@ def register_nodes(address: str, ca_path: Path, public_keys: Mapping[str, bytes]
                 known[pem] = control.RegisterNode(RegisterNodeRequest(public_key=pem, name=device_id)).node_id
             node_ids[device_id] = known[pem]
     return node_ids
+
+
+def unregister_nodes(address: str, ca_path: Path, node_ids: Iterable[int]) -> None:
+    """Exclude nodes from now on; those that are not registered are left alone.
+
+    Raises:
+        SessionLostError: The SuperLink at `address` does not answer.
+    """
+    registered = set(list_nodes(address, ca_path).values())
+    with _lost_on_error("nodes cannot be unregistered"), _connect_control(address, ca_path) as control:
+        for node_id in registered.intersection(node_ids):
+            control.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
 
 
 def _convert_to_pem(key: bytes) -> bytes:

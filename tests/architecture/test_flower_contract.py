@@ -88,6 +88,7 @@ METHODS = {
     "flwr.supercore.control.control_http_client:ControlHttpClient": [
         "ListNodes",
         "RegisterNode",
+        "UnregisterNode",
         "StartRun",
         "from_server_address",
     ],
@@ -121,6 +122,7 @@ METHODS = {
 FIELDS = {
     "flwr.proto.control_pb2:ListNodesResponse": {"nodes_info"},
     "flwr.proto.control_pb2:RegisterNodeRequest": {"public_key", "name"},
+    "flwr.proto.control_pb2:UnregisterNodeRequest": {"node_id"},
     "flwr.proto.control_pb2:StartRunRequest": {"fab", "federation"},
     "flwr.proto.fleet_pb2:ActivateNodeRequest": {"public_key", "heartbeat_interval"},
     "flwr.proto.fleet_pb2:DeactivateNodeRequest": {"node_id"},

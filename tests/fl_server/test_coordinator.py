@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from fl_server.fleet.roster import Roster
 from fl_server.jobs import Jobs, JobState
 from fl_server.registry.registry import Registry
+from fl_server.rounds.flower import list_nodes
 from models.contract.encoding import build_json
 from models.contract.envelope import RunNotice, WakeCommand, open_envelope
 from models.contract.manifest import parse_manifest
@@ -268,3 +269,17 @@ def test_device_whose_training_process_ended_is_woken_at_once(federation):
     done = federation.command("train", MODEL, "--rounds", "1", "--json")
     assert done.returncode == 0, done.stderr
     assert len(device.wakes) >= 2
+
+
+def test_revoked_device_is_no_node_any_more_and_the_others_stay(federation):
+    federation.start()
+    for number in (1, 2):
+        federation.add_device(f"device-{number}")
+    federation.wait_for_log("device-2 is node")
+    assert federation.command("revoke", "device-1").returncode == 0
+    federation.wait_for_log("device-1 is revoked and node")
+    address, ca_path = f"127.0.0.1:{federation.superlink_port}", federation.directory / "ca" / "ca.pem"
+    with Roster(federation.directory / "coordinator.db") as roster:
+        revoked, member = roster.list_devices()
+    assert list(list_nodes(address, ca_path).values()) == [member.node_id]
+    assert revoked.node_id is None
