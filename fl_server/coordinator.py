@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -124,7 +125,10 @@ class Coordinator:
                 case Disconnected():
                     logger.warning("the broker is away")
                 case FromDevice():
-                    await self._hear(item.device_id, item.document)
+                    try:
+                        await self._hear(item.device_id, item.document)
+                    except sqlite3.Error as error:  # an event that was not acknowledged comes again
+                        logger.error("what %s says could not be kept: %s", item.device_id, error)  # noqa: TRY400
 
     async def _hear(self, device_id: str, document: Status | Telemetry | Event) -> None:
         if not self._roster.is_member(device_id):
@@ -182,18 +186,30 @@ class Coordinator:
             self._run = None
 
     async def _keep_published(self) -> None:
+        lacks_all = False
         while True:
+            is_new_broker = await self._await_connection(METADATA_INTERVAL_S)
+            lacks_all = lacks_all or is_new_broker
             try:
-                async with asyncio.timeout(METADATA_INTERVAL_S):
-                    await self._reconnected.wait()
-            except TimeoutError:
-                await self._releases.publish()
-                continue
-            self._reconnected.clear()
-            await self._releases.publish(again=True)
-            await self._announcer.repeat()
-            if self._run:
-                await self._run.wake_absent()
+                await self._releases.publish(again=lacks_all)
+                lacks_all = False
+            except (ServerError, ContractError, OSError, sqlite3.Error) as error:
+                # A damaged version must end neither a run nor what the broker retains of all the others.
+                logger.error("not published, tried again in %.0f s: %s", METADATA_INTERVAL_S, error)  # noqa: TRY400
+            if is_new_broker:
+                await self._announcer.repeat()
+                if self._run:
+                    await self._run.wake_absent()
+
+    async def _await_connection(self, timeout_s: float) -> bool:
+        """Return whether the broker came within `timeout_s`, perhaps without what it retained."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._reconnected.wait()
+        except TimeoutError:
+            return False
+        self._reconnected.clear()
+        return True
 
 
 def _may_come_now(before: Status | None, status: Status) -> bool:

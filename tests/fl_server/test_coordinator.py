@@ -283,3 +283,25 @@ def test_revoked_device_is_no_node_any_more_and_the_others_stay(federation):
         revoked, member = roster.list_devices()
     assert list(list_nodes(address, ca_path).values()) == [member.node_id]
     assert revoked.node_id is None
+
+
+def test_damaged_version_and_database_are_logged_and_the_coordinator_goes_on(federation, broker):
+    federation.start()
+    device = federation.add_device("device-1")
+    assert federation.command("release", str(federation.directory / "v1")).returncode == 0
+    manifest_path = federation.directory / "registry" / "versions" / MODEL / "1" / "manifest.json"
+    manifest = manifest_path.read_bytes()
+    manifest_path.write_bytes(b"damaged")
+    broker.restart()
+    federation.wait_for_log("not published, tried again")
+    with sqlite3.connect(federation.directory / "coordinator.db") as database:
+        database.execute("ALTER TABLE events RENAME TO mislaid")
+    device.say(EVENT)
+    federation.wait_for_log("what device-1 says could not be kept")
+    assert device.acknowledged == []
+    with sqlite3.connect(federation.directory / "coordinator.db") as database:
+        database.execute("ALTER TABLE mislaid RENAME TO events")
+    manifest_path.write_bytes(manifest)
+    device.say(EVENT)
+    wait_until(lambda: device.acknowledged, "an acknowledgement")
+    assert federation.command("release", str(federation.directory / "v1")).returncode == 0
