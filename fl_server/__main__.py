@@ -105,11 +105,17 @@ def _add_devices(subparsers: _Subparsers) -> None:
 
 
 def _add_package(subparsers: _Subparsers) -> None:
-    parser = _add_with_config(subparsers, "package", "make a model version from a definition")
-    parser.add_argument("definition", metavar="FILE.py:NAME", help="or package.module:NAME")
+    parser = _add_with_config(subparsers, "package", "make a model version from a definition or a finished graph")
+    parser.add_argument(
+        "source", metavar="FILE.py:NAME", help="or package.module:NAME; or model.onnx, model.tflite: served only"
+    )
+    parser.add_argument("--name", metavar="NAME", help="what a finished graph is served as")
+    parser.add_argument("--labels", metavar="A,B", help="names of a finished graph's classes")
     parser.add_argument("--parameters", type=Path, metavar="F", help="safetensors (default: the untrained module's)")
-    parser.add_argument("--calibration", type=Path, metavar="F", help="npz of x for the quantization ranges")
-    parser.add_argument("--validation", type=Path, metavar="F", help="npz of x and y to measure the version on")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="F", help="npz of x (or an array an input, by name) for the ranges of int8"
+    )
+    parser.add_argument("--validation", type=Path, metavar="F", help="npz of the same and y, to measure the version on")
     parser.add_argument(
         "--runtime", choices=("onnx", "tflite"), help="of the devices (default: the configuration's, onnx)"
     )

@@ -14,7 +14,7 @@ from fl_server.fleet.enrolment import Federation, enroll_device
 from fl_server.fleet.roster import Device, Roster
 from fl_server.jobs import Job, Jobs, JobState, ReleaseRequest, Request, TrainRequest
 from fl_server.lock import holding_lock, is_locked
-from models.contract.manifest import MANIFEST_NAME
+from models.contract.manifest import MANIFEST_NAME, ModelManifest
 from models.contract.privacy import TrainingPlan
 
 POLL_INTERVAL_S = 0.2  # of a job that is followed
@@ -76,15 +76,27 @@ def run_devices(arguments: Namespace) -> None:
 
 
 def run_package(arguments: Namespace) -> None:
+    from fl_server.packaging.imported import is_graph_file
+
+    manifest = (_package_file if is_graph_file(arguments.source) else _package_definition)(arguments)
+    quality = manifest.quality
+    worth = f", {quality.metric} {quality.value:.3f} on {quality.samples} samples" if quality else ""
+    size = manifest.files[manifest.inference_name].size_bytes
+    precision = f" in {manifest.measured.packaged}" if manifest.measured else ""
+    print(f"packaged {manifest.model} version {manifest.version} in {arguments.out}: {size} bytes{precision}{worth}")
+
+
+def _package_definition(arguments: Namespace) -> ModelManifest:
     from fl_server.package import Data, package_definition
     from fl_server.packaging.definitions import load_definition
     from fl_server.packaging.tflite import build_exporter
 
-    definition = load_definition(arguments.definition)
+    _refuse_options(arguments, ("name", "labels"), "a definition says itself")
+    definition = load_definition(arguments.source)
     settings, directory = _load(arguments) if arguments.config.exists() else (None, None)
     model = settings.models.get(definition.name) if settings else None
     runtime = arguments.runtime or (model.runtime if model else "onnx")
-    manifest = package_definition(
+    return package_definition(
         definition,
         directory=directory,
         parameters_path=arguments.parameters,
@@ -92,13 +104,38 @@ def run_package(arguments: Namespace) -> None:
             calibration_path=arguments.calibration or (model.calibration if model else None),
             validation_path=arguments.validation or (model.validation if model else None),
         ),
-        tflite=build_exporter(arguments.definition) if runtime == "tflite" else None,
+        tflite=build_exporter(arguments.source) if runtime == "tflite" else None,
         out_dir=arguments.out,
-        say=lambda line: print(line, file=sys.stderr),
+        say=_say,
     )
-    quality = manifest.quality
-    measured = f", {quality.metric} {quality.value:.3f} on {quality.samples} samples" if quality else ""
-    print(f"packaged {manifest.model} version {manifest.version} in {arguments.out}{measured}")
+
+
+def _package_file(arguments: Namespace) -> ModelManifest:
+    from fl_server.package import Data, package_file
+
+    _refuse_options(arguments, ("parameters", "runtime"), f"{arguments.source} is a finished graph")
+    if arguments.name is None:
+        raise UsageError(f"{arguments.source}: say with --name what it is served as")
+    _, directory = _load(arguments) if arguments.config.exists() else (None, None)
+    return package_file(
+        Path(arguments.source),
+        model=arguments.name,
+        labels=tuple(arguments.labels.split(",")) if arguments.labels else (),
+        directory=directory,
+        data=Data(calibration_path=arguments.calibration, validation_path=arguments.validation),
+        out_dir=arguments.out,
+        say=_say,
+    )
+
+
+def _refuse_options(arguments: Namespace, names: tuple[str, ...], reason: str) -> None:
+    for name in names:
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--{name} cannot be used here: {reason}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def run_release(arguments: Namespace) -> None:

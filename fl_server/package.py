@@ -1,4 +1,4 @@
-"""`fl-server package`: a model version from a definition, with or without a federation at hand."""
+"""`fl-server package`: a version from a definition or from a graph made elsewhere, with or without a federation."""
 
 import tempfile
 from collections.abc import Callable
@@ -11,13 +11,16 @@ import numpy.typing as npt
 
 from fl_server.directory import Directory
 from fl_server.errors import UsageError
+from fl_server.evaluation.answers import measure_answers
 from fl_server.evaluation.evaluate import measure_quality
-from fl_server.held_out import HeldOutData, load_held_out
+from fl_server.held_out import HeldOutData, load_held_out, load_named_data
 from fl_server.packaging.architecture import Architecture, load_architecture, load_parameters, update_wishes
+from fl_server.packaging.imported import Run, load_imported, package_imported
 from fl_server.packaging.package import Tools, package_version
 from fl_server.packaging.tflite import TfliteExporter
 from fl_server.registry.registry import Registry
 from models.contract.manifest import Lineage, ModelManifest, Quality
+from models.contract.topics import check_name
 from models.definitions import ModelDefinition
 from models.tensors.spec import TensorSpec
 
@@ -91,6 +94,59 @@ def package_definition(
         )
 
 
+def package_file(
+    path: Path,
+    *,
+    model: str,
+    labels: tuple[str, ...],
+    directory: Directory | None,
+    data: Data,
+    out_dir: Path,
+    say: Say,
+) -> ModelManifest:
+    """Write a version that is only served, from an ONNX or TFLite file, to the new folder `out_dir`.
+
+    Args:
+        path: Made elsewhere; its tensors are read from it.
+        model: The name it is served under.
+        labels: Names of the classes; may be empty.
+        directory: The federation that numbers the version; None for none.
+        data: What a float graph is quantized on, and what the version is measured on; without, neither is done.
+        out_dir: Must not exist, or be empty.
+        say: Is told what was decided.
+
+    Raises:
+        ServerError: What cannot be served or used, and why.
+    """
+    try:
+        check_name(model, "model")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    imported = load_imported(path)
+    calibration = load_named_data(data.calibration_path, imported.inputs) if data.calibration_path else None
+    validation = load_named_data(data.validation_path, imported.inputs) if data.validation_path else calibration
+    _clear_place(out_dir)
+
+    def measure(run: Run) -> Quality | None:
+        if validation is None or validation.y is None:
+            return None
+        try:
+            return measure_answers(run(validation.inputs), validation.y, labels)
+        except ValueError as error:
+            raise UsageError(f"{data.validation_path or data.calibration_path}: {error}") from error
+
+    return package_imported(
+        imported,
+        model=model,
+        version=_get_next_version(directory, model),
+        labels=labels,
+        calibration=calibration.inputs if calibration else None,
+        measure=measure,
+        out_dir=out_dir,
+        say=say,
+    )
+
+
 def _clear_place(out_dir: Path) -> None:
     if out_dir.is_dir() and not any(out_dir.iterdir()):
         out_dir.rmdir()
@@ -113,7 +169,7 @@ def _load_or_export(definition: ModelDefinition, directory: Path, say: Say) -> A
             "remove that folder, or give the new definition a name of its own"
         )
     say(f"using the architecture in {directory}; remove it if the definition has changed")
-    return update_wishes(architecture, prefer=definition.prefer, logit_tolerance=definition.logit_tolerance)
+    return update_wishes(architecture, definition)
 
 
 def _get_next_version(directory: Directory | None, model: str) -> int:

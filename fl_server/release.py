@@ -28,6 +28,7 @@ from fl_server.held_out import load_held_out
 from fl_server.packaging.architecture import Architecture, load_architecture
 from fl_server.packaging.definitions import load_definition
 from fl_server.packaging.package import Tools, package_version
+from fl_server.packaging.precision import StrayingError
 from fl_server.packaging.tflite import build_exporter
 from fl_server.registry.registry import ModelVersion, Registry, RegistryError
 from fl_server.rollout.publisher import Publish, Publisher, count_pushed_bytes, list_blobs
@@ -164,16 +165,19 @@ class Releases:
                     registry.set_registered_model_alias(model, "champion", known[0].version)
                 return _build_verdict(known[0].load_manifest(), known[0].version, None, "released before a restart")
             shutil.rmtree(scratch_dir, ignore_errors=True)
-            manifest = package_version(
-                architecture,
-                parameters=parameters,
-                version=registry.get_next_version(model),
-                calibration=self._load_calibration(model, architecture),
-                tools=self._build_tools(model, architecture),
-                lineage=lineage,
-                privacy=privacy,
-                out_dir=scratch_dir,
-            )
+            try:
+                manifest = package_version(
+                    architecture,
+                    parameters=parameters,
+                    version=registry.get_next_version(model),
+                    calibration=self._load_calibration(model, architecture),
+                    tools=self._build_tools(model, architecture),
+                    lineage=lineage,
+                    privacy=privacy,
+                    out_dir=scratch_dir,
+                )
+            except StrayingError as error:  # this round's parameters; those of the next one may do
+                return _refuse(error)
             before = champion.load_manifest()
             assert manifest.quality is not None
             decision = decide_promotion(manifest.quality, before.quality, GateRules())
@@ -251,6 +255,17 @@ def _check_graphs(manifest: ModelManifest, architecture: Architecture) -> None:
                 f"{manifest.model} version {manifest.version} was packaged from another {name} than "
                 f"{architecture.directory} holds; package and release it again with this federation's --config"
             )
+
+
+def _refuse(error: StrayingError) -> Verdict:
+    assert error.quality is not None
+    return Verdict(
+        version=None,
+        metric=error.quality.metric,
+        value=error.quality.value,
+        bytes_pushed=0,
+        reason=str(error),
+    )
 
 
 def _build_verdict(manifest: ModelManifest, version: int | None, before: ModelManifest | None, reason: str) -> Verdict:

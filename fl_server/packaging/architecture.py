@@ -15,6 +15,7 @@ from models.contract.encoding import build_json, parse_json
 from models.contract.errors import MalformedError
 from models.contract.files import save_atomically
 from models.contract.manifest import EVALUATE_NAME, TRAIN_STEP_NAME, Preference, TrainingContract
+from models.definitions import ModelDefinition
 from models.definitions.definition import DEFAULT_LOGIT_TOLERANCE
 from models.tensors.features import Feature
 from models.tensors.layout import Layout
@@ -33,7 +34,7 @@ class ArchitectureDocument:
 
     Attributes:
         quantization: "static" int8 with calibrated activations; "dynamic" where embeddings make that larger.
-        prefer: The definition's wish, as `ModelDefinition` explains it; so is `logit_tolerance`.
+        prefer: The definition's wish, as `ModelDefinition` explains it; so are `logit_tolerance` and `features`.
     """
 
     schema_version: Literal[1] = 1
@@ -41,11 +42,11 @@ class ArchitectureDocument:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...]
-    features: tuple[Feature, ...] = ()
     training: TrainingContract
     quantization: Quantization
     prefer: Preference = "size"
     logit_tolerance: float | None = DEFAULT_LOGIT_TOLERANCE
+    features: tuple[Feature, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,16 +88,17 @@ def load_architecture(directory: Path) -> Architecture:
     )
 
 
-def update_wishes(architecture: Architecture, *, prefer: Preference, logit_tolerance: float | None) -> Architecture:
-    """Return `architecture` with a definition's wishes of today, kept in its folder; no graph depends on them."""
-    changed = replace(architecture, prefer=prefer, logit_tolerance=logit_tolerance)
+def update_wishes(architecture: Architecture, definition: ModelDefinition) -> Architecture:
+    """Return `architecture` with what `definition` says of it today and no graph depends on; kept in its folder."""
+    changed = replace(
+        architecture,
+        prefer=definition.prefer,
+        logit_tolerance=definition.logit_tolerance,
+        features=definition.features,
+    )
     if changed != architecture:
-        save_architecture_document(
-            architecture.directory,
-            ArchitectureDocument(
-                **{field.name: getattr(changed, field.name) for field in fields(ArchitectureDocument)}
-            ),
-        )
+        kept = {field.name: getattr(changed, field.name) for field in fields(ArchitectureDocument)}
+        save_architecture_document(architecture.directory, ArchitectureDocument(**kept))
     return changed
 
 

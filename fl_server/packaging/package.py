@@ -15,7 +15,7 @@ from fl_server.errors import DefinitionError, UsageError
 from fl_server.inference import open_graph, run_batches
 from fl_server.packaging.architecture import Architecture, check_parameters
 from fl_server.packaging.graphs import build_with_parameters, load_graph, save_graph
-from fl_server.packaging.precision import BATCH, check_outputs, choose_precision, measure_figures
+from fl_server.packaging.precision import BATCH, StrayingError, choose_precision, compute_deviation, measure_figures
 from fl_server.packaging.quantize import quantize
 from fl_server.packaging.staging import staged_directory
 from fl_server.packaging.tflite import CALIBRATION_ROWS, FLOAT_NAME, INT8_NAME
@@ -101,7 +101,7 @@ def package_version(
 
     Raises:
         UsageError: `out_dir` exists, or `parameters` or `calibration` do not fit the architecture.
-        DefinitionError: The graph to package strays too far from the module.
+        StrayingError: The graph to package strays too far from the module.
     """
     _check_arguments(architecture, parameters, calibration, out_dir)
     runtime: Runtime = "onnx" if tools.tflite is None else "tflite"
@@ -117,8 +117,8 @@ def package_version(
                 architecture.prefer,
             )
             shutil.copyfile(candidates.get_path(measured.packaged), inference_path)
-            _check_graph(architecture, inference_path, calibration, candidates.outputs)
             quality = tools.measure(inference_path, Path(scratch, _FLOAT_NAME))
+            _check_graph(architecture, inference_path, calibration, candidates.outputs, quality)
         shutil.copyfile(architecture.train_step_path, staging / TRAIN_STEP_NAME)
         shutil.copyfile(architecture.evaluate_path, staging / EVALUATE_NAME)
         (staging / PARAMETERS_NAME).write_bytes(save(dict(parameters)))
@@ -169,7 +169,11 @@ def _build_candidates(
 
 
 def _check_graph(
-    architecture: Architecture, path: Path, calibration: npt.NDArray[Any], outputs: npt.NDArray[Any]
+    architecture: Architecture,
+    path: Path,
+    calibration: npt.NDArray[Any],
+    outputs: npt.NDArray[Any],
+    quality: Quality | None,
 ) -> None:
     found = _run(architecture, path, calibration[: len(outputs)])
     if found.shape != outputs.shape or found.dtype != outputs.dtype:
@@ -177,7 +181,9 @@ def _check_graph(
             f"{architecture.model}: {path.name} answers {found.dtype} of shape {found.shape}, "
             f"the module {outputs.dtype} of shape {outputs.shape}"
         )
-    check_outputs(architecture.model, found, outputs, architecture.logit_tolerance)
+    deviation, tolerance = compute_deviation(found, outputs), architecture.logit_tolerance
+    if tolerance is not None and not deviation <= tolerance:  # NaN strays too
+        raise StrayingError(architecture.model, deviation, tolerance, quality)
 
 
 def _run(architecture: Architecture, path: Path, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:

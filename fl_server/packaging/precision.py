@@ -13,11 +13,26 @@ import numpy.typing as npt
 
 from fl_server.errors import DefinitionError
 from fl_server.inference import Graph, open_graph
-from models.contract.manifest import Figures, Measured, Precision, Preference
+from models.contract.manifest import Figures, Measured, Precision, Preference, Quality
 
 BATCH = 16
 _RUNS, _BUDGET_S = 200, 0.1  # of one median, whichever ends first
 _CLEARLY_FASTER = Decimal("0.95")  # of the other's time; what lies between is noise, and the smaller one wins
+
+
+class StrayingError(DefinitionError):
+    """The packaged outputs are too far from the module's.
+
+    Attributes:
+        quality: What the version would have been worth, if that is known.
+    """
+
+    def __init__(self, model: str, deviation: float, tolerance: float, quality: Quality | None) -> None:
+        super().__init__(
+            f"{model}: the packaged outputs stray from the module's by {deviation:.3f} of their spread, tolerated are "
+            f"{tolerance:g}: give calibration data like the real inputs, or raise logit_tolerance in the definition"
+        )
+        self.quality = quality
 
 
 def measure_figures(path: Path, rows: Mapping[str, npt.NDArray[Any]]) -> Figures:
@@ -56,26 +71,6 @@ def compute_deviation(packaged: npt.NDArray[Any], exact: npt.NDArray[Any]) -> fl
     difference = float(np.abs(packaged.astype(np.float64) - wide).mean())
     spread = max(float(wide.std()), 0.01 * float(np.abs(wide).max()))
     return difference / spread if difference else 0.0
-
-
-def check_outputs(name: str, packaged: npt.NDArray[Any], exact: npt.NDArray[Any], tolerance: float | None) -> None:
-    """Refuse a graph whose outputs stray too far from the module's.
-
-    Args:
-        name: Of the model.
-        packaged: Outputs of the graph, shape (n, ...).
-        exact: The module's own for the same inputs.
-        tolerance: Largest deviation, as `compute_deviation` returns it; None allows any.
-
-    Raises:
-        DefinitionError: They do.
-    """
-    deviation = compute_deviation(packaged, exact)
-    if tolerance is not None and not deviation <= tolerance:  # NaN strays too
-        raise DefinitionError(
-            f"{name}: the packaged outputs stray from the module's by {deviation:.3f} of their spread, tolerated are "
-            f"{tolerance:g}: give calibration data like the real inputs, or raise logit_tolerance in the definition"
-        )
 
 
 def _measure_us(graph: Graph, inputs: Mapping[str, npt.NDArray[Any]]) -> Decimal:
