@@ -119,7 +119,9 @@ async def _end(process: Process) -> None:
 def _describe(code: int) -> str | None:
     if code == 0:
         return None
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}, the device's log says why"
 
 
 def _make_expendable(process: Process) -> None:

@@ -55,7 +55,7 @@ def test_job_arrives_and_lines_come_back() -> None:
 
 def test_every_way_to_die_is_named() -> None:
     for code, problem in (
-        ("raise SystemExit(3)", "ended with exit code 3"),
+        ("raise SystemExit(3)", "ended with exit code 3, the device's log says why"),
         ("import os; os.kill(os.getpid(), 9)", "was killed by SIGKILL"),
         (f"print('x' * {LINE_MAX_BYTES + 10}, flush=True)", f"printed a line of more than {LINE_MAX_BYTES} bytes"),
     ):
