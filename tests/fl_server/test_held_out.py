@@ -26,7 +26,7 @@ def test_rows_come_in_the_dtype_of_the_input(tmp_path):
         ({"x": np.array([["a", "b"]])}, "is float32"),
         ({"x": X * np.nan}, "x holds NaN"),
         ({"x": X, "y": np.full(3, np.inf)}, "y holds NaN"),
-        ({"y": np.arange(3)}, "no npz file"),
+        ({"y": np.arange(3)}, "no array x"),
         ({"x": np.array([[object(), 1]])}, "no npz file"),
     ],
 )
