@@ -1,17 +1,21 @@
-"""What a device learns from: samples its user hands in, and answered requests whose truth came later."""
+"""What a device learns from: samples its user or a sensor hands in, and answered requests whose truth came later."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from edge_agent.config import AgentSettings
 from edge_agent.errors import RequestError
-from edge_agent.samples.feedback import FeedbackBuffer
+from edge_agent.samples.feedback import FeedbackBuffer, parse_target
+from edge_agent.samples.fields import FieldRules, load_key
 from edge_agent.samples.keeper import SampleKeeper
 from edge_agent.samples.store import Array
 from models.contract.manifest import ModelManifest
+from models.tensors.features import RowError, build_inputs
 
 
 class Collector:
-    """Decides what is kept on this device; may be used from several threads."""
+    """Decides what is kept on this device, and in what form; may be used from several threads."""
 
     def __init__(self, settings: AgentSettings, *, get_manifest: Callable[[], ModelManifest | None]) -> None:
         """Prepare; no file is opened before the first sample.
@@ -21,6 +25,7 @@ class Collector:
             get_manifest: Of the model that answers; None before there is one.
         """
         self._get_manifest = get_manifest
+        self._rules = build_rules(settings)
         self.keeper = SampleKeeper(settings.samples_path, max_count=settings.samples.max_count)
         self._feedback: FeedbackBuffer | None = None
         if settings.samples.consent:
@@ -29,6 +34,41 @@ class Collector:
                 ttl_s=settings.samples.feedback_ttl_s,
                 keep_share=settings.samples.keep_share,
             )
+
+    def build_inputs(self, rows: Sequence[Any]) -> dict[str, Array]:
+        """Return raw rows as the model's inputs, by the owner's rules first and the model's features then.
+
+        Raises:
+            RequestError: There is no model yet, or a row is of no use to it.
+        """
+        return build_model_inputs(self._find_manifest(), rows, self._rules)
+
+    def add(self, samples: Sequence[tuple[Array | Mapping[str, Any], Array | str]]) -> list[int]:
+        """Keep samples; all of them, durable on return, or none.
+
+        Args:
+            samples: (x, y) each; x is an array or a raw row by column, y an array or a label.
+
+        Returns:
+            Their ids, in order.
+
+        Raises:
+            RequestError: Not what the model takes; columns without names where the owner has rules for them; no room.
+        """
+        if self._rules and not all(isinstance(x, Mapping) for x, _ in samples):
+            raise RequestError("expected values by the names of their columns: this device has rules for them")
+        raw = [x for x, _ in samples if isinstance(x, Mapping)]
+        built = iter(self._build_only_input(raw)) if raw else iter(())
+        labels = self._find_manifest().labels if any(isinstance(y, str) for _, y in samples) else ()
+        return self.keeper.add(
+            [
+                (
+                    next(built) if isinstance(x, Mapping) else x,
+                    parse_target(y, 1, spec=None, labels=labels)[0] if isinstance(y, str) else y,
+                )
+                for x, y in samples
+            ]
+        )
 
     @property
     def remember(self) -> Callable[[str, Mapping[str, Array]], None] | None:
@@ -61,3 +101,41 @@ class Collector:
         except RequestError:
             self._feedback.restore(request_id, samples)
             raise
+
+    def _find_manifest(self) -> ModelManifest:
+        manifest = self._get_manifest()
+        if manifest is None:
+            raise RequestError("this device has no model yet, which could say what columns and labels mean", status=503)
+        return manifest
+
+    def _build_only_input(self, rows: Sequence[Any]) -> Array:
+        inputs = self.build_inputs(rows)
+        if len(inputs) != 1:
+            raise RequestError(f"a sample is of one input; this model has {', '.join(inputs)}")
+        return next(iter(inputs.values()))
+
+
+def build_rules(settings: AgentSettings) -> FieldRules:
+    """Return the owner's rules for raw rows."""
+    return FieldRules(settings.samples.fields, partial(load_key, settings.state_dir / "fields.key"))
+
+
+def build_model_inputs(
+    manifest: ModelManifest, rows: Sequence[Any], rules: FieldRules | None = None
+) -> dict[str, Array]:
+    """Return raw rows as the inputs of the model, by name: the one way from a row to a tensor on a device.
+
+    Raises:
+        RequestError: A row is of no use to the model; it is counted from 0.
+        StalledError: The device's key cannot be read.
+    """
+    kept: list[Any] = []
+    for number, row in enumerate(rows):
+        try:
+            kept.append(rules.apply(row) if rules and isinstance(row, Mapping) else row)
+        except ValueError as error:
+            raise RequestError(f"row {number}: {error}") from error
+    try:
+        return build_inputs(manifest.features, manifest.inputs, kept)
+    except RowError as error:
+        raise RequestError(str(error)) from error

@@ -3,9 +3,12 @@
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
+from typing import Literal
 
 from models.contract.settings import load_settings
-from models.contract.topics import check_name
+from models.contract.topics import PREFIX, check_name
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +140,29 @@ class TelemetrySettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FieldRule:
+    """What is done to one column of every row before anything else; exactly one of these.
+
+    Attributes:
+        drop: Left out.
+        hash: Replaced by its HMAC with a key that never leaves the device.
+        step: Rounded to a multiple of this number.
+        period: A date, cut down to its year, month, week or day.
+    """
+
+    drop: bool = False
+    hash: bool = False
+    step: Decimal | None = None
+    period: Literal["year", "month", "week", "day"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.step is not None and not (self.step.is_finite() and self.step > 0):
+            raise ValueError(f"samples.fields: step is {self.step}, must be > 0")
+        if sum((self.drop, self.hash, self.step is not None, self.period is not None)) != 1:
+            raise ValueError("samples.fields: each field has exactly one of drop, hash, step and period")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSettings:
     """What becomes a private sample of this device.
 
@@ -146,6 +172,8 @@ class SampleSettings:
         feedback_max: Answered requests that wait for their truth, at most.
         feedback_ttl_s: How long each waits.
         max_count: Samples kept at most; one more is refused, none is thrown away.
+        fields: Rules by column, for rows whose values have names.
+        mqtt_topic: Where a sensor publishes samples, on a broker of this device; None for none.
     """
 
     consent: bool = False
@@ -153,6 +181,8 @@ class SampleSettings:
     feedback_max: int = 1000
     feedback_ttl_s: float = 86_400.0
     max_count: int = 100_000
+    fields: dict[str, FieldRule] = field(default_factory=dict)
+    mqtt_topic: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.keep_share <= 1:
@@ -163,6 +193,14 @@ class SampleSettings:
             raise ValueError(f"samples.feedback_ttl_s is {self.feedback_ttl_s}, must be in 1..2678400")
         if not 1 <= self.max_count <= 100_000_000:
             raise ValueError(f"samples.max_count is {self.max_count}, must be in 1..100000000")
+        if self.mqtt_topic is not None:
+            self._check_topic(self.mqtt_topic)
+
+    def _check_topic(self, topic: str) -> None:
+        if not topic or set(topic) & set("+#\0") or topic.startswith((PREFIX, "$")):
+            raise ValueError(f"samples.mqtt_topic is {topic!r:.80}, must be one topic outside {PREFIX}")
+        if not self.consent:
+            raise ValueError("samples.mqtt_topic needs samples.consent = true: nobody hands these samples in by hand")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +229,11 @@ class AgentSettings:
     samples: SampleSettings = field(default_factory=SampleSettings)
 
     def __post_init__(self) -> None:
+        if self.samples.mqtt_topic is not None and self.broker.host not in _LOOPBACK:
+            raise ValueError(
+                f"samples.mqtt_topic: broker.host is {self.broker.host!r}, must be one of {', '.join(_LOOPBACK)}: "
+                "samples do not cross a network"
+            )
         check_name(self.device_id, "device_id")
         check_name(self.fleet, "fleet")
         check_name(self.model, "model")

@@ -63,10 +63,10 @@ class FeedbackBuffer:
         self._size_bytes = 0
 
     def remember(self, request_id: str, inputs: Mapping[str, Array]) -> None:
-        """Let the inputs of an answered request wait for the truth; those of several tensors have no sample's form."""
-        if len(inputs) != 1:
+        """Let the inputs of an answered request wait for the truth; a sample is of one tensor of numbers."""
+        x = next(iter(inputs.values()))
+        if len(inputs) != 1 or x.dtype.name not in DTYPES:
             return
-        (x,) = inputs.values()
         is_kept = self._draw() < self._keep_share
         entry = _Waiting(
             remembered_s=self._clock(),

@@ -1,105 +1,68 @@
-"""Files of a user's samples: npz (`x`, `y`), JSON lines (`{"x": …, "y": …}`), CSV (the last column is the target)."""
+"""Samples in a user's file: of each row, which part is the input and which the target."""
 
-import csv
-import json
-import math
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from edge_agent.errors import RequestError
+from edge_agent.samples.rows import Row, is_numeric, parse_number, read_rows
 
-Row: TypeAlias = tuple[Any, Any]
+RawSample: TypeAlias = tuple[Any, Any]
+
+_INPUT, _TARGET = "x", "y"
 
 
-def read_samples(path: Path) -> Iterator[Row]:
-    """Yield (x, y) of every sample in `path`, as numbers, bools or nested lists of them.
+def read_samples(path: Path, target: str | None = None) -> Iterator[RawSample]:
+    """Yield (x, y) of every sample in `path`.
+
+    Args:
+        path: `*.csv`, `*.jsonl`, `*.parquet` or `*.npz`.
+        target: Column that holds the target; by default `y`, or the last column of a CSV file.
+
+    Returns:
+        x, a mapping by column, or a list if the columns have no names; y, a number, a label, or a list.
 
     Raises:
-        RequestError: Unreadable, of a kind not known here, or a row that is no sample; the message names the line.
+        RequestError: Unreadable, or a row that is no sample; the message names the place.
     """
-    readers: dict[str, Callable[[Path], Iterator[Row]]] = {
-        ".npz": _read_npz,
-        ".jsonl": _read_json_lines,
-        ".ndjson": _read_json_lines,
-        ".csv": _read_csv,
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise RequestError(f"{path}: expected a file named {', '.join(f'*{suffix}' for suffix in readers)}")
-    try:
-        yield from reader(path)
-    except OSError as error:
-        raise RequestError(f"{path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: not UTF-8 text: {error}") from error
+    for where, row in read_rows(path):
+        yield _split_target(row, target, where, is_csv=path.suffix.lower() == ".csv")
 
 
-def _read_npz(path: Path) -> Iterator[Row]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if missing := {"x", "y"} - set(archive.files):
-                raise RequestError(f"{path}: array {min(missing)!r} is missing; found {sorted(archive.files)}")
-            x, y = archive["x"], archive["y"]
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise RequestError(f"{path}: no npz file of plain arrays: {error}") from error
-    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
-        raise RequestError(f"{path}: x has shape {x.shape} and y {y.shape}; expected one row of each a sample")
-    for row in zip(x, y, strict=True):
-        yield row[0].tolist(), row[1].tolist()
+def read_inputs(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield where each row of `path` stands, and its input: without names, by column, or what stands under `x`."""
+    is_csv = path.suffix.lower() == ".csv"
+    for where, row in read_rows(path):
+        yield where, row if isinstance(row, list) else _find_input(row, is_csv=is_csv)
 
 
-def _read_json_lines(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _parse_json_line(line, f"{path}:{number}")
+def _split_target(row: Row, target: str | None, where: str, *, is_csv: bool) -> RawSample:
+    if isinstance(row, list):
+        if target is not None:
+            raise RequestError(f"{where}: there is no column {target!r}: the columns have no names")
+        if len(row) < 2:
+            raise RequestError(f"{where}: {len(row)} columns, expected at least 2, the last one the target")
+        return row[:-1], row[-1]
+    name = target or (list(row)[-1] if is_csv else _TARGET)
+    if name not in row or len(row) < 2:
+        columns = ", ".join(row)
+        raise RequestError(
+            f"{where}: expected the target in {name!r} and an input beside it, got columns {columns:.200}"
+        )
+    y = _parse_target(row.pop(name), where)
+    return _find_input(row, is_csv=is_csv), y
 
 
-def _parse_json_line(line: str, where: str) -> Row:
-    try:
-        document = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{where}: not JSON: {error}") from error
-    if not isinstance(document, dict) or not {"x", "y"} <= document.keys():
-        raise RequestError(f'{where}: expected {{"x": …, "y": …}}')
-    return document["x"], document["y"]
+def _find_input(row: dict[str, Any], *, is_csv: bool) -> Any:
+    """Return what stands under `x`, unless that is a column among others."""
+    x = row.get(_INPUT)
+    is_whole = isinstance(x, dict | list) or (row.keys() <= {_INPUT, _TARGET} and x is not None)
+    return x if is_whole and not is_csv else row
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.reader(file)
-        try:
-            first = next(rows, [])
-            header = not _is_numeric(first)
-            for row in rows if header else chain([first], rows):
-                if row:
-                    yield _parse_csv_row(row, len(first), f"{path}:{rows.line_num}")
-        except csv.Error as error:
-            raise RequestError(f"{path}:{rows.line_num}: {error}") from error
-
-
-def _parse_csv_row(row: list[str], columns: int, where: str) -> Row:
-    if len(row) != columns or columns < 2:
-        raise RequestError(f"{where}: {len(row)} columns; expected {max(columns, 2)}, the last one the target")
-    if not _is_numeric(row):
-        raise RequestError(f"{where}: expected finite numbers only, got {','.join(row)[:80]!r}")
-    return [_parse_number(cell) for cell in row[:-1]], _parse_number(row[-1])
-
-
-def _is_numeric(row: Iterable[str]) -> bool:
-    try:
-        return all(math.isfinite(float(cell)) for cell in row)
-    except ValueError:
-        return False
-
-
-def _parse_number(cell: str) -> int | float:
-    try:
-        return int(cell)
-    except ValueError:
-        return float(cell)
+def _parse_target(value: Any, where: str) -> Any:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise RequestError(f"{where}: the target is missing")
+    if not isinstance(value, str):
+        return value
+    return parse_number(value) if is_numeric([value]) else value.strip()

@@ -41,6 +41,12 @@ def test_defaults_and_relative_paths(tmp_path: Path) -> None:
     assert settings.privacy.epsilon_limit == Decimal(8)
 
 
+def test_fields_have_rules_by_name(tmp_path: Path) -> None:
+    text = GOOD + "[samples.fields.age]\nstep = 5\n[samples.fields.street]\nhash = true\n"
+    fields = load_agent_settings(write(tmp_path, text)).samples.fields
+    assert (fields["age"].step, fields["street"].hash) == (Decimal(5), True)
+
+
 def test_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGE_AGENT_HTTP__PORT", "9999")
     assert load_agent_settings(write(tmp_path, GOOD)).http.port == 9999
@@ -68,6 +74,14 @@ def test_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         (GOOD + "[samples]\nfeedback_max = 0\n", "samples.feedback_max"),
         (GOOD + "[samples]\nfeedback_ttl_s = 0\n", "samples.feedback_ttl_s"),
         (GOOD + "[samples]\nmax_count = 0\n", "samples.max_count"),
+        (GOOD + "[samples.fields.age]\ndrop = true\nstep = '5'\n", "exactly one of drop, hash, step and period"),
+        (GOOD + "[samples.fields.age]\nstep = '0'\n", "samples.fields: step"),
+        (GOOD + "[samples.fields.age]\nperiod = 'hour'\n", "period"),
+        (GOOD + "[samples.fields.age]\nround = 1\n", "samples.fields.age.round"),
+        (GOOD + "[samples]\nmqtt_topic = 'a'\n", "needs samples.consent"),
+        (GOOD + "[samples]\nconsent = true\nmqtt_topic = 'a/#'\n", "samples.mqtt_topic"),
+        (GOOD + "[samples]\nconsent = true\nmqtt_topic = 'fl/v1/f/offer'\n", "samples.mqtt_topic"),
+        (GOOD + "[samples]\nconsent = true\nmqtt_topic = 'a'\n[broker]\nhost = 'b.example'\n", "cross a network"),
         (GOOD + "[federation]\nsuperlink = 'x'\nca_path = 'c'\nnode_key_path = 'k'\n", "federation.superlink"),
         (GOOD + "[federation]\nsuperlink = 'x:1'\n", "ca_path"),
         (GOOD.replace('"d"', '"a/b"'), "device_id"),

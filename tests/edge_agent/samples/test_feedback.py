@@ -44,6 +44,13 @@ def test_inputs_are_copied_since_the_request_body_is_not_ours() -> None:
     np.testing.assert_array_equal(buffer.join("a", 0)[0][0], [1, 1])
 
 
+def test_what_has_no_form_of_a_sample_is_not_remembered() -> None:
+    buffer = build()
+    buffer.remember("a", {"x": np.zeros((1, 2)), "z": np.zeros((1, 2))})
+    buffer.remember("b", {"x": np.array([["text"]], object)})
+    assert not buffer._waiting
+
+
 def test_unknown_id_is_not_found() -> None:
     with pytest.raises(RequestError, match="no request 'a'") as refused:
         build().join("a", 0)

@@ -1,12 +1,14 @@
-"""Files of samples are read, or refused with the line that is wrong."""
+"""Of each row, the target is found, and the rest is the input."""
 
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from edge_agent.errors import RequestError
-from edge_agent.samples.ingest import read_samples
+from edge_agent.samples.ingest import read_inputs, read_samples
 
 
 def write(tmp_path: Path, name: str, text: str) -> Path:
@@ -15,62 +17,50 @@ def write(tmp_path: Path, name: str, text: str) -> Path:
     return path
 
 
-def test_npz_rows(tmp_path: Path) -> None:
+def test_npz_of_inputs_and_targets(tmp_path: Path) -> None:
     np.savez(tmp_path / "s.npz", x=np.arange(4.0).reshape(2, 2), y=np.array([0, 1]))
     assert list(read_samples(tmp_path / "s.npz")) == [([0.0, 1.0], 0), ([2.0, 3.0], 1)]
+    assert [x for _, x in read_inputs(tmp_path / "s.npz")] == [[0.0, 1.0], [2.0, 3.0]]
 
 
-def test_json_lines(tmp_path: Path) -> None:
-    path = write(tmp_path, "s.jsonl", '{"x": [1, 2], "y": 0}\n\n{"x": [3, 4], "y": 1}\n')
-    assert list(read_samples(path)) == [([1, 2], 0), ([3, 4], 1)]
+def test_npz_of_columns(tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", age=np.array([7, 8]), town=np.array(["a", "b"]), y=np.array([0, 1]))
+    assert list(read_samples(tmp_path / "s.npz")) == [({"age": 7, "town": "a"}, 0), ({"age": 8, "town": "b"}, 1)]
 
 
-@pytest.mark.parametrize("header", ["", "a,b,target\n"])
-def test_csv_with_and_without_a_header(tmp_path: Path, header: str) -> None:
-    path = write(tmp_path, "s.csv", header + "1,2.5,0\n3,4,1\n")
-    assert list(read_samples(path)) == [([1, 2.5], 0), ([3, 4], 1)]
+def test_json_lines_of_inputs_or_columns(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "s.jsonl", '{"id": 9, "x": [1, 2], "y": 0}\n{"x": {"a": 3}, "y": "low"}\n{"a": 3, "y": [1]}\n'
+    )
+    assert list(read_samples(path)) == [([1, 2], 0), ({"a": 3}, "low"), ({"a": 3}, [1])]
+    assert [x for _, x in read_inputs(path)] == [[1, 2], {"a": 3}, {"a": 3, "y": [1]}]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "said"),
-    [
-        ("s.txt", "", r"\*\.npz"),
-        ("s.npz", "not a zip", "no npz"),
-        ("s.jsonl", '{"x": 1}\n', r"s\.jsonl:1: expected"),
-        ("s.jsonl", '{"x": 1, "y": 2}\n[]\n', r"s\.jsonl:2: expected"),
-        ("s.jsonl", "{\n", r"s\.jsonl:1: not JSON"),
-        ("s.csv", "1,2\n1\n", r"s\.csv:2: 1 columns"),
-        ("s.csv", "1\n2\n", "columns"),
-        ("s.csv", "1,2\n1,x\n", r"s\.csv:2: expected finite numbers"),
-        ("s.csv", "1,2\n1,nan\n", r"s\.csv:2: expected finite numbers"),
-    ],
-)
-def test_what_is_wrong_is_named(tmp_path: Path, name: str, text: str, said: str) -> None:
-    with pytest.raises(RequestError, match=said):
-        list(read_samples(write(tmp_path, name, text)))
+def test_last_column_of_csv_is_the_target_unless_another_is_named(tmp_path: Path) -> None:
+    assert list(read_samples(write(tmp_path, "n.csv", "1,2.5,0\n3,4,1\n"))) == [([1, 2.5], 0), ([3, 4], 1)]
+    path = write(tmp_path, "s.csv", "x,y,z\n1, low,0.5\n")
+    assert list(read_samples(path)) == [({"x": "1", "y": " low"}, 0.5)]
+    assert list(read_samples(path, "y")) == [({"x": "1", "z": "0.5"}, "low")]
+    assert list(read_inputs(path)) == [(f"{path}:2", {"x": "1", "y": " low", "z": "0.5"})]
 
 
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="No such file"):
-        list(read_samples(tmp_path / "s.csv"))
-
-
-def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "s.csv").write_bytes(b"1,2\n\xff,1\n")
-    with pytest.raises(RequestError, match="UTF-8"):
-        list(read_samples(tmp_path / "s.csv"))
+def test_parquet_of_columns_with_a_named_target(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"age": [7], "ill": [True]}), tmp_path / "s.parquet")
+    assert list(read_samples(tmp_path / "s.parquet", "ill")) == [({"age": 7}, True)]
 
 
 @pytest.mark.parametrize(
-    ("arrays", "said"),
+    ("name", "text", "target", "said"),
     [
-        ({"x": np.zeros(2)}, "'y' is missing"),
-        ({"x": np.zeros(2), "y": np.zeros(3)}, "one row of each"),
-        ({"x": np.zeros(()), "y": np.zeros(())}, "one row of each"),
-        ({"x": np.array([{}]), "y": np.zeros(1)}, "plain arrays"),
+        ("s.jsonl", '{"x": 1}\n', None, r"s\.jsonl:1: expected the target in 'y'"),
+        ("s.jsonl", '{"x": 1, "y": null}\n', None, r"s\.jsonl:1: the target is missing"),
+        ("s.jsonl", "[1]\n", None, "1 columns"),
+        ("s.csv", "1\n2\n", None, "1 columns"),
+        ("s.csv", "1,2\n", "y", "have no names"),
+        ("s.csv", "a,b\n1,2\n", "y", "expected the target in 'y' and an input beside it, got columns a, b"),
+        ("s.csv", "a,b\n1, \n", None, r"s\.csv:2: the target is missing"),
     ],
 )
-def test_npz_without_samples_is_refused_and_never_unpickled(tmp_path: Path, arrays: dict, said: str) -> None:
-    np.savez(tmp_path / "s.npz", **arrays)
+def test_row_that_is_no_sample_is_named(tmp_path: Path, name: str, text: str, target: str | None, said: str) -> None:
     with pytest.raises(RequestError, match=said):
-        list(read_samples(tmp_path / "s.npz"))
+        list(read_samples(write(tmp_path, name, text), target))
