@@ -70,7 +70,9 @@ def compute_deviation(packaged: npt.NDArray[Any], exact: npt.NDArray[Any]) -> fl
     wide = exact.astype(np.float64)
     difference = float(np.abs(packaged.astype(np.float64) - wide).mean())
     spread = max(float(wide.std()), 0.01 * float(np.abs(wide).max()))
-    return difference / spread if difference else 0.0
+    if difference == 0:
+        return 0.0
+    return difference / spread if spread else float("inf")
 
 
 def _measure_us(graph: Graph, inputs: Mapping[str, npt.NDArray[Any]]) -> Decimal:

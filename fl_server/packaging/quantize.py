@@ -20,6 +20,9 @@ from fl_server.packaging.architecture import Quantization
 from fl_server.packaging.graphs import fold_transposes, load_graph, save_graph
 
 _CALIBRATION_ROWS = 64  # in one run: bounds the memory that calibration takes
+# Weights of seven bits: on x86 without VNNI two products of eight bits overflow the 16 that they are summed in, and
+# onnxruntime lets them saturate. The digits strayed by 0.116 of their spread there, and by 0.020 with seven bits.
+_SEVEN_BITS = True
 
 
 def quantize(graph: onnx.ModelProto, calibration: npt.NDArray[Any], quantization: Quantization, path: Path) -> None:
@@ -41,7 +44,9 @@ def quantize(graph: onnx.ModelProto, calibration: npt.NDArray[Any], quantization
         add_pre_process_metadata(optimized)  # the exporter did what onnxruntime would ask for on the root logger
         save_graph(optimized, float_path)
         if quantization == "dynamic":
-            quantize_dynamic(float_path, int8_path, per_channel=True, weight_type=QuantType.QInt8)
+            quantize_dynamic(
+                float_path, int8_path, per_channel=True, weight_type=QuantType.QInt8, reduce_range=_SEVEN_BITS
+            )
         else:
             quantize_static(
                 float_path,
@@ -51,6 +56,7 @@ def quantize(graph: onnx.ModelProto, calibration: npt.NDArray[Any], quantization
                 per_channel=True,
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
+                reduce_range=_SEVEN_BITS,
                 calibrate_method=CalibrationMethod.MinMax,
             )
         save_graph(load_graph(int8_path), path)

@@ -15,6 +15,7 @@ from fl_server.evaluation.evaluate import evaluate_parameters, measure_quality
 from fl_server.packaging.architecture import load_parameters
 from fl_server.packaging.export import export_architecture
 from fl_server.packaging.package import Tools, package_version
+from fl_server.packaging.precision import StrayingError, compute_deviation
 from models.contract.encoding import build_digest
 from models.contract.manifest import Figures, Lineage, Quality, parse_manifest
 from models.definitions.digits import definition, load_splits
@@ -91,6 +92,39 @@ def test_packaged_outputs_stay_close_to_the_float_graph(exported, tmp_path):
 
     manifest = package(exported, tmp_path / "1", tools=build_tools(compare))
     assert (strayed[0] > 0) == (manifest.measured.packaged == "int8"), "said to be int8, but nothing was quantized"
+
+
+def measure_int8_smaller(path, rows):
+    return replace(FIGURES, size_bytes=1000 if path.name.startswith("int8") else 2000)
+
+
+def test_version_that_strays_beyond_the_tolerance_of_its_definition_is_not_packaged(exported, tmp_path):
+    assert exported.definition.logit_tolerance == 0.1
+    tools = Tools(measure=lambda inference, exact: QUALITY, measure_figures=measure_int8_smaller)
+    manifest = package(exported, tmp_path / "1", tools=tools)
+    assert manifest.measured.packaged == "int8"
+    assert manifest.measured.int8.size_bytes == 1000
+
+    strict = replace(exported, architecture=replace(exported.architecture, logit_tolerance=1e-9))
+    with pytest.raises(StrayingError, match=r"the packaged outputs stray from the module's by 0\.0\d\d of") as caught:
+        package(strict, tmp_path / "2", tools=tools)
+    assert caught.value.quality == QUALITY
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    unchecked = replace(exported, architecture=replace(exported.architecture, logit_tolerance=None))
+    assert package(unchecked, tmp_path / "3", tools=tools).files == manifest.files
+
+
+def test_int8_sums_never_saturate_on_processors_that_sum_in_sixteen_bits(exported, tmp_path):
+    tools = Tools(measure=lambda inference, exact: QUALITY, measure_figures=measure_int8_smaller)
+    package(exported, tmp_path / "1", tools=tools)
+    x, _ = exported.build_data(1)
+    answers = []
+    for level in (ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL):
+        options = ort.SessionOptions()
+        options.graph_optimization_level = level  # without, int8 is computed in float and cannot saturate
+        session = ort.InferenceSession(tmp_path / "1/inference.onnx", options, providers=["CPUExecutionProvider"])
+        answers.append(session.run(None, {"features": x})[0])
+    assert compute_deviation(answers[1], answers[0]) < 0.01
 
 
 def test_failed_packaging_leaves_nothing(exports, tmp_path):
