@@ -1,0 +1,129 @@
+"""What becomes of a round's parameters, without devices: package, gate, register, sign; the broker takes all of it."""
+
+import asyncio
+import importlib.util
+import os
+from decimal import Decimal
+
+import numpy as np
+import pytest
+
+from fl_server.__main__ import main
+from fl_server.config import load_server_settings
+from fl_server.directory import Directory
+from fl_server.packaging.tflite import PYTHON_VARIABLE
+from fl_server.registry.registry import Registry
+from fl_server.release import Releases
+from models.contract.manifest import Lineage
+from models.contract.privacy import PrivacyStatement, Unit
+
+DEFINITION = """\
+from dataclasses import replace
+
+from torch import nn
+from models.definitions import ModelDefinition, TensorSpec
+
+definition = ModelDefinition(
+    name="wide",
+    build=lambda: nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 2)),
+    inputs=(TensorSpec("point", ("batch", 32), "float32"),),
+    outputs=(TensorSpec("logits", ("batch", 2), "float32"),),
+    loss="cross_entropy",
+    metric="accuracy",
+    batch=8,
+)
+strict = replace(definition, logit_tolerance=1e-9)
+"""
+PRIVACY = PrivacyStatement(
+    unit=Unit.SAMPLE,
+    epsilon=Decimal(1),
+    delta=Decimal("0.001"),
+    mechanism="DP-SGD",
+    accountant="RDP",
+    expected_cohort=1,
+    trust_model="protects each record",
+)
+
+
+class Broker:
+    """Retains what is published, by topic."""
+
+    def __init__(self):
+        self.retained = {}
+
+    async def publish(self, topic, payload, *_, **__):
+        self.retained[topic] = payload
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("release") / "fed"
+    assert main(["init", str(directory)]) == 0
+    (directory / "wide.py").write_text(DEFINITION)
+    x = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+    np.savez(directory / "validation.npz", x=x, y=(x[:, 0] > 0).astype(np.int64))
+    with (directory / "fl-server.toml").open("a") as config:
+        config.write('\n[models.wide]\ndefinition = "wide.py:definition"\nvalidation = "validation.npz"\n')
+    assert package(directory, "definition", directory / "v1") == 0
+    asyncio.run(open_releases(directory).release_folder(directory / "v1"))
+    return directory
+
+
+def open_releases(federation):
+    settings = load_server_settings(federation / "fl-server.toml")
+    return Releases(settings, Directory(federation), Broker().publish)
+
+
+def package(federation, name, out_dir):
+    config = str(federation / "fl-server.toml")
+    return main(["package", f"{federation / 'wide.py'}:{name}", "--config", config, "--out", str(out_dir)])
+
+
+def consider(federation, round_number, scratch_dir, *, noise):
+    """Package parameters that tell the classes apart, the worse the more noise they hold."""
+    releases = open_releases(federation)
+    _, architecture = releases.load_champion("wide")
+    generator = np.random.default_rng(round_number)
+    parameters = {
+        name: generator.normal(0, noise, shape).astype(np.float32)
+        for name, shape in zip(architecture.training.layout.names, architecture.training.layout.shapes, strict=True)
+    }
+    parameters["0.weight"][0, 0], parameters["2.weight"][:, 0] = 3, (-3, 3)
+    return asyncio.run(
+        releases.consider(
+            "wide",
+            parameters,
+            lineage=Lineage(run="run-1", round=round_number),
+            privacy=PRIVACY,
+            scratch_dir=scratch_dir,
+        )
+    )
+
+
+def test_round_whose_int8_outputs_stray_is_not_released_and_the_next_one_may_be(federation, tmp_path, capsys):
+    assert package(federation, "strict", tmp_path / "v2") == 1
+    assert "the packaged outputs stray from the module's by 0.0" in capsys.readouterr().err
+    verdict = consider(federation, 1, tmp_path / "scratch", noise=0.05)
+    assert verdict.version is None
+    assert verdict.reason.startswith("wide: the packaged outputs stray from the module's by 0.0")
+    assert verdict.value > 0.6, "what it would have been worth"
+    assert not (tmp_path / "scratch").exists()
+
+    assert package(federation, "definition", tmp_path / "v3") == 0, "the tolerance is the definition's of today"
+    assert consider(federation, 2, tmp_path / "scratch", noise=0.05).version is not None
+
+
+@pytest.mark.skipif(
+    not os.environ.get(PYTHON_VARIABLE) and importlib.util.find_spec("litert_torch") is None,
+    reason=f"litert-torch is not installed: pip install 'edge-fl[export-tflite]', or set {PYTHON_VARIABLE}",
+)
+def test_model_whose_runtime_is_tflite_gets_versions_for_litert(federation, tmp_path):
+    config_path = federation / "fl-server.toml"
+    config_path.write_text(config_path.read_text() + 'runtime = "tflite"\n')
+    assert package(federation, "definition", tmp_path / "v4") == 0
+    assert (tmp_path / "v4/inference.tflite").is_file()
+    verdict = consider(federation, 3, tmp_path / "scratch", noise=0.0)
+    assert verdict.version is not None, verdict.reason
+    with Registry(Directory(federation).registry_dir) as registry:
+        manifest = registry.get_model_version("wide", verdict.version).load_manifest()
+    assert (manifest.runtime, manifest.quality.value) == ("tflite", 1)
