@@ -1,7 +1,7 @@
 """The training process: `python -m edge_agent.trainer`, one run from joining to idleness.
 
 Reads a `TrainingJob` on stdin, prints one `TrainingEvent` a line on stdout; 0 when idle, 1 and one line on
-stderr when it failed. The agent that starts it also limits its math libraries to one thread.
+stderr when it failed. On SIGTERM it takes leave of the SuperLink, so that no round waits for it. The agent that starts it also limits its math libraries to one thread.
 """
 
 import ctypes
@@ -39,6 +39,7 @@ def main() -> int:
     """Run the job on stdin; return the exit code."""
     _die_with_parent()
     os.nice(_NICENESS)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with os.fdopen(os.dup(1), "wb", buffering=0) as events:
         os.dup2(2, 1)  # what a library prints must not pass for an event
 

@@ -10,7 +10,8 @@ from fl_server.config import SuperLinkSettings
 from fl_server.directory import Directory
 from fl_server.errors import RunError
 from fl_server.fleet.roster import Roster
-from fl_server.rounds.flower import SessionLostError, register_nodes, superlink_command, unregister_nodes
+from fl_server.rounds.flower import SessionLostError, register_nodes, unregister_nodes
+from fl_server.rounds.superlink_command import superlink_command
 from models.contract.settings import SettingsError
 
 logger = logging.getLogger(__name__)

@@ -14,41 +14,22 @@ import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # flwr reads both while it is imported
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 
 import httpx
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
-from flwr.app import Array, ArrayRecord, Message, RecordDict
-from flwr.app.message import remove_content_from_message
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.heartbeat import HeartbeatSender
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_protobuf_utils import (
-    make_confirm_message_received_fn_protobuf,
-    make_pull_object_fn_protobuf,
-    make_push_object_fn_protobuf,
-)
-from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
-    ObjectPushError,
-    inflate_object_from_contents,
-    pull_objects,
-    push_objects,
-)
+from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.retry import RetryInvoker, exponential
@@ -57,7 +38,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from edge_agent.errors import StalledError, TransientError
 from models.contract.files import save_atomically
-from models.tensors.layout import Vector
+from models.tensors.layout import Vector, build_vector_bytes, parse_vector_bytes
 
 Handle: TypeAlias = Callable[[Vector, bytes], Vector | None]
 
@@ -65,8 +46,8 @@ _log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 30.0  # SuperLink takes a node for gone after two of them
 RETRY_FIRST_S, RETRY_MAX_S = 0.2, 5.0
-OBJECT_FIRST_RETRY_S = 0.02  # a message is announced before its arrays are there; flwr would wait 1 s
-OBJECT_MAX_S = 60.0
+RECORD_RETRY_FIRST_S, RECORD_RETRY_MAX_S = 0.02, 1.0  # a message is announced before its records are there
+RECORD_MAX_S = 60.0
 
 
 def serve(
@@ -153,8 +134,8 @@ class _Node:
                         has_joined = True
                         heartbeat.start()
                         on_joined()
-                if not self._answer_next(handle):
-                    time.sleep(poll_interval_s)
+                self._answer_next(handle)
+                time.sleep(poll_interval_s)  # after an answer too: the next round is not there at once
         finally:
             if heartbeat.is_running:
                 heartbeat.stop()
@@ -202,80 +183,86 @@ class _Node:
         except httpx.HTTPError:
             return False
 
-    def _answer_next(self, handle: Handle) -> bool:
-        """Return whether there was a message; whatever went wrong with it is logged."""
+    def _answer_next(self, handle: Handle) -> None:
+        """Answer one message, if there is one; whatever goes wrong with it is logged."""
         try:
             pulled = self._client.PullMessages(PullMessagesRequest(node=self._node))
         except httpx.HTTPError as error:
             _log.warning("no messages: %s", _describe(error))
             if _status(error) == httpx.codes.UNAUTHORIZED:  # a SuperLink with a new database
                 self._node = None
-            return False
+            return
         if not pulled.messages_list:
-            return False
+            return
         self._heard_at = started = time.monotonic()
-        run_id = message_from_proto(pulled.messages_list[0]).metadata.run_id
         try:
-            message = self._fetch(run_id, pulled.message_object_trees[0])
-            update = _apply(handle, message)
+            message = message_from_proto(pulled.messages_list[0])
+            records = pulled.message_object_trees[0].children
+            contents = [self._pull(message.metadata.run_id, record.object_id) for record in records]
+            update = _apply(handle, message, contents)
             self._heard_at = time.monotonic()
             if update is not None:
-                content = RecordDict({"arrays": ArrayRecord({"update": Array(update)})})
-                self._push(Message(content, reply_to=message), started)
-        except (httpx.HTTPError, ObjectPullError, ObjectPushError) as error:
+                self._reply(message, update, started)
+        except (httpx.HTTPError, _LostRecordError) as error:
             _log.warning("the message stays unanswered: %s", _describe(error))
         self._heard_at = time.monotonic()
-        return True
 
-    def _fetch(self, run_id: int, tree: ObjectTree) -> Message:
-        # The whole tree, though the message itself has come already: confirming deletes at the SuperLink what
-        # its sender may not have finished sending.
-        contents = pull_objects(
-            [branch.object_id for branch in iterate_object_tree(tree)],
-            make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id),
-            max_concurrent_pulls=1,  # one connection a device; a second was no faster
-            max_time=OBJECT_MAX_S,
-            initial_backoff=OBJECT_FIRST_RETRY_S,
-            backoff_cap=1.0,
-        )
-        make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, self._node, run_id)(
-            tree.object_id
-        )
-        message = inflate_object_from_contents(tree.object_id, contents)
-        if not isinstance(message, Message):
-            raise ObjectPullError(tree.object_id, "it is no message")
-        message.metadata.__dict__["_message_id"] = tree.object_id  # a deflated message lacks its own id
-        return message
+    def _pull(self, run_id: int, object_id: str) -> bytes:
+        deadline, pause_s = time.monotonic() + RECORD_MAX_S, RECORD_RETRY_FIRST_S
+        while True:
+            request = PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
+            pulled = self._client.PullObject(request)
+            if pulled.object_available:
+                return bytes(pulled.object_content)
+            if not pulled.object_found or time.monotonic() > deadline:
+                raise _LostRecordError("a record of it is not at the SuperLink")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, RECORD_RETRY_MAX_S)
 
-    def _push(self, reply: Message, started: float) -> None:
-        with no_object_id_recompute():
-            reply.metadata.__dict__["_message_id"] = reply.object_id
-            pushed = self._client.PushMessages(
-                PushMessagesRequest(
-                    node=self._node,
-                    messages_list=[message_to_proto(remove_content_from_message(reply))],
-                    message_object_trees=[get_object_tree(reply)],
-                    clientapp_runtime_list=[time.monotonic() - started],
-                )
+    def _reply(self, message: Message, update: Vector, started: float) -> None:
+        reply, content = Message(RecordDict(), reply_to=message), _build_record(update).deflate()
+        record = ObjectTree(object_id=get_object_id(content))
+        head = message_to_proto(reply)
+        head.metadata.message_id = reply.object_id
+        pushed = self._client.PushMessages(
+            PushMessagesRequest(
+                node=self._node,
+                messages_list=[head],
+                message_object_trees=[ObjectTree(object_id=reply.object_id, children=[record])],
+                clientapp_runtime_list=[time.monotonic() - started],
             )
-            push_objects(
-                get_all_nested_objects(reply),
-                make_push_object_fn_protobuf(
-                    self._client.PushObject, self._node, reply.metadata.run_id, pushed.session_id
-                ),
-                object_ids_to_push=set(pushed.objects_to_push),
-                max_concurrent_pushes=1,
-            )
+        )
+        if record.object_id not in pushed.objects_to_push:
+            return  # an equal record is there already, or nobody waits for the reply any more
+        request = PushObjectRequest(
+            node=self._node,
+            run_id=message.metadata.run_id,
+            object_id=record.object_id,
+            object_content=content,
+            session_id=pushed.session_id,
+        )
+        if not self._client.PushObject(request).stored:
+            raise _LostRecordError("the SuperLink does not take the update")
 
 
-def _apply(handle: Handle, message: Message) -> Vector | None:
+class _LostRecordError(Exception):
+    """A record did not get through."""
+
+
+def _build_record(update: Vector) -> Any:
+    return ConfigRecord({"update": build_vector_bytes(update)})
+
+
+def _apply(handle: Handle, message: Message, contents: list[bytes]) -> Vector | None:
     try:
-        parameters: Vector = message.content["arrays"]["parameters"].numpy()
-        if parameters.dtype != np.float32 or parameters.ndim != 1:
+        (content,) = contents
+        order, record = message.content["order"], ConfigRecord.inflate(content)
+        if set(message.content) != {"order"} or set(order) != {"envelope"} or set(record) != {"parameters"}:
             raise TypeError
-        envelope = message.content["order"]["envelope"]
-        if not isinstance(envelope, bytes):
+        envelope, data = order["envelope"], record["parameters"]
+        if not isinstance(envelope, bytes) or not isinstance(data, bytes):
             raise TypeError
+        parameters = parse_vector_bytes(data)
     except Exception as error:  # noqa: BLE001 - a stranger's message may be wrong in any way
         _log.warning("a message that is no train message stays unanswered (%s)", type(error).__name__)
         return None

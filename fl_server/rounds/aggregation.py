@@ -1,30 +1,20 @@
 """Which updates count, and what they come to. Pure."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
-from models.tensors.layout import Vector
+from models.tensors.layout import Vector, parse_vector_bytes
 from models.tensors.norms import l2_norm
 
-UPDATE = "update"
 
-
-def check_update(arrays: Mapping[str, npt.NDArray[Any]], *, size: int, norm_limit: float) -> Vector | str:
-    """Return the update in `arrays`, shape (size,), float32, or the reason why it does not count.
+def check_update(data: bytes, *, size: int, norm_limit: float) -> Vector | str:
+    """Return the update in `data`, shape (size,), float32, or the reason why it does not count.
 
     What is beyond these checks cannot harm by its size: weights are uniform and the norm is bounded. The
     norm itself stays out of the reason, since it derives from private data.
     """
-    if set(arrays) != {UPDATE}:
-        return f"arrays {sorted(arrays)!r:.200}, expected [{UPDATE!r}]"
-    update = arrays[UPDATE]
-    if update.dtype != np.float32:
-        return f"dtype {update.dtype}, expected float32"
-    if update.shape != (size,):
-        return f"shape {update.shape!r:.80}, expected ({size},)"
+    if len(data) != 4 * size:
+        return f"{len(data)} bytes, expected {4 * size}: {size} values of float32"
+    update = parse_vector_bytes(data)
     if not np.isfinite(update).all():
         return "holds NaN or infinity"
     if l2_norm(update) > norm_limit:

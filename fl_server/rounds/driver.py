@@ -30,13 +30,15 @@ from fl_server.rounds.run import (
     build_round_dir,
     load_checkpoint,
     load_parameters,
+    load_sequence,
     load_spec,
     save_checkpoint,
+    save_sequence,
 )
 from fl_server.rounds.spool import Spool
 from models.contract.encoding import build_digest
 from models.contract.envelope import TrainOrder, build_envelope
-from models.tensors.layout import Vector
+from models.tensors.layout import Vector, build_vector_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +90,6 @@ class Driver:
         checkpoint = load_checkpoint(run_dir)
         self._completed = checkpoint.round if checkpoint else 0
         self._parameters = load_parameters(run_dir, self._spec.layout, self._completed)
-        self._sequence = 0
         self._abandoned = self._sessions = 0  # of the round under way
         self._is_permitted = checkpoint is None
         if checkpoint:
@@ -123,17 +124,19 @@ class Driver:
             address=self._spec.superlink,
             ca_path=Path(self._spec.ca_path),
             superexec_secret_path=Path(self._spec.superexec_secret_path),
+            size=self._spec.layout.size,
         )
 
     def _join(self, session: Session) -> None:
-        self._await_devices(session, wanted=len(self._spec.devices))
-        online = session.list_online()
+        online = self._await_devices(session, wanted=len(self._spec.devices))
         self._emit(Joined(devices=tuple(sorted(name for name, node in self._spec.devices.items() if node in online))))
 
-    def _await_devices(self, session: Session, *, wanted: int) -> None:
+    def _await_devices(self, session: Session, *, wanted: int) -> set[int]:
+        """Return the nodes that are online, as soon as enough of the run's are."""
         started = time.monotonic()
         while True:
-            ready = len(session.list_online().intersection(self._spec.devices.values()))
+            online = session.list_online()
+            ready = len(online.intersection(self._spec.devices.values()))
             decision = may_begin(
                 ready=ready,
                 wanted=wanted,
@@ -142,7 +145,7 @@ class Driver:
                 timeout_s=self._spec.join_timeout_s,
             )
             if decision is Decision.COMPLETE:
-                return
+                return online
             if decision is Decision.ABANDON:
                 reason = f"{ready} of {len(self._spec.devices)} devices are online, the quorum is {self._spec.quorum}"
                 self._emit(Abandoned(round=self._completed + 1, reason=reason))
@@ -153,20 +156,17 @@ class Driver:
         if not self._is_permitted:
             self._words.wait_for_permit()
             self._is_permitted = True
-        self._await_devices(session, wanted=self._spec.quorum)
+        online = self._await_devices(session, wanted=self._spec.quorum)
         attempt = _Attempt(self._spec, self._completed + 1, build_round_dir(self._run_dir, self._completed + 1))
-        decision = self._exchange(session, attempt)
-        session.forget()
-        if decision is Decision.COMPLETE:
+        attempt.ask({name: node for name, node in self._spec.devices.items() if node in online})
+        if self._exchange(session, attempt) is Decision.COMPLETE:
             self._complete(attempt)
         else:
             self._abandon(attempt)
+        session.forget()
 
     def _exchange(self, session: Session, attempt: "_Attempt") -> Decision:
-        online = session.list_online()
-        attempt.ask({name: node for name, node in self._spec.devices.items() if node in online})
-        envelopes = {node: self._build_order(name, attempt.number) for node, name in attempt.waiting.items()}
-        session.send(self._parameters, envelopes, lifetime_s=self._spec.deadline_s)
+        session.send(self._parameters, self._build_orders(attempt), lifetime_s=self._spec.deadline_s)
         pause_s = POLL_FIRST_S
         while True:
             for reply in session.collect():
@@ -213,24 +213,32 @@ class Driver:
         if self._abandoned > RETRIES:
             raise RunError(f"round {attempt.number} was abandoned {self._abandoned} times: {reason}")
 
-    def _build_order(self, device_id: str, number: int) -> bytes:
+    def _build_orders(self, attempt: "_Attempt") -> dict[int, bytes]:
+        """Return the envelopes of an attempt by node id; their sequences are used up, durably, before they are sent."""
         now_s = time.time()
-        self._sequence = max(self._sequence + 1, int(now_s * 1e6))
-        order = TrainOrder(
-            fleet=self._spec.fleet,
-            audience=device_id,
-            sequence=self._sequence,
-            issued_at=int(now_s),
-            expires_at=math.ceil(now_s + self._spec.deadline_s),
-            model=self._spec.model,
-            graph_digest=self._spec.graph_digest,
-            parameters_digest=build_digest(self._parameters.astype("<f4").tobytes()),
-            run=self._spec.run,
-            round=number,
-            privacy=self._spec.privacy,
-            training=self._spec.training,
-        )
-        return build_envelope(order, self._key)
+        digest = build_digest(build_vector_bytes(self._parameters))
+        first = max(load_sequence(self._run_dir) + 1, int(now_s * 1e6))
+        save_sequence(self._run_dir, first + len(attempt.waiting))
+        return {
+            node: build_envelope(
+                TrainOrder(
+                    fleet=self._spec.fleet,
+                    audience=device_id,
+                    sequence=sequence,
+                    issued_at=int(now_s),
+                    expires_at=math.ceil(now_s + self._spec.deadline_s),
+                    model=self._spec.model,
+                    graph_digest=self._spec.graph_digest,
+                    parameters_digest=digest,
+                    run=self._spec.run,
+                    round=attempt.number,
+                    privacy=self._spec.privacy,
+                    training=self._spec.training,
+                ),
+                self._key,
+            )
+            for sequence, (node, device_id) in enumerate(attempt.waiting.items(), start=first)
+        }
 
 
 class _Attempt:
@@ -257,13 +265,13 @@ class _Attempt:
         device_id = self.waiting.pop(reply.node_id, None)
         if device_id is None:
             return None
-        if reply.arrays is None and not reply.failure:
+        if reply.update is None and not reply.failure:
             _log.warning("round %d: %s went away", self.number, device_id)
             return None
         update: Vector | str = reply.failure
-        if reply.arrays is not None:
+        if reply.update is not None:
             limit = float(self._spec.update_norm_limit)
-            update = check_update(reply.arrays, size=self._spec.layout.size, norm_limit=limit)
+            update = check_update(reply.update, size=self._spec.layout.size, norm_limit=limit)
         if isinstance(update, str):
             return UpdateRefused(round=self.number, device=device_id, reason=update)
         if self.spool.add(device_id, update):

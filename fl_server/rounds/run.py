@@ -5,6 +5,7 @@ RUN_DIR/rounds/0000/parameters.safetensors            where the run starts
 RUN_DIR/rounds/0001/parameters.safetensors            after round 1
 RUN_DIR/rounds/0001/checkpoint.json                   written last: without it round 1 is not complete
 RUN_DIR/rounds/0002/updates/DEVICE.f32                accepted in round 2, which is under way
+RUN_DIR/sequence                                      the last sequence that an order may have
 
 A round without its checkpoint has not happened: its updates are kept, its parameters are written anew.
 """
@@ -29,6 +30,7 @@ from models.tensors.layout import Layout, Vector
 SPEC_NAME = "run.json"
 PARAMETERS_NAME = "parameters.safetensors"
 CHECKPOINT_NAME = "checkpoint.json"
+SEQUENCE_NAME = "sequence"
 SPEC_MAX_BYTES = 64 * 1024 * 1024  # written by the coordinator itself; about 60 bytes a device
 
 
@@ -171,3 +173,21 @@ def save_checkpoint(
     )
     save_atomically(directory / CHECKPOINT_NAME, build_json(checkpoint))
     return checkpoint
+
+
+def load_sequence(run_dir: Path) -> int:
+    """Return the last sequence that an order of this run may have had, 0 before the first; raises RunError."""
+    path = run_dir / SEQUENCE_NAME
+    try:
+        return int(path.read_bytes())
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RunError(f"{path}: holds no number") from error
+
+
+def save_sequence(run_dir: Path, sequence: int) -> None:
+    """Use up all sequences to `sequence`, durably: orders must not fall behind it, even if the clock does."""
+    save_atomically(run_dir / SEQUENCE_NAME, str(sequence).encode())

@@ -11,6 +11,16 @@ import numpy.typing as npt
 Vector: TypeAlias = npt.NDArray[np.float32]
 
 
+def build_vector_bytes(vector: Vector) -> bytes:
+    """Return `vector` as it travels: little-endian float32, 4 bytes a value."""
+    return vector.astype("<f4", copy=False).tobytes()
+
+
+def parse_vector_bytes(data: bytes) -> Vector:
+    """Return the vector in `data`; raises ValueError if that is no whole number of values."""
+    return np.frombuffer(data, "<f4").astype(np.float32)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """Names and shapes of an architecture's parameters, in the order of the flat vector."""

@@ -1,4 +1,4 @@
-"""What node.py and flower.py use of Flower's internals: a Flower release that moves them fails here first."""
+"""What node.py and flower/ use of Flower's internals: a Flower release that moves them fails here first."""
 
 import importlib
 import inspect
@@ -8,56 +8,16 @@ from pathlib import Path
 import httpx
 import pytest
 
+from fl_server.rounds.superlink_command import superlink_command
+
 SIGNATURES = {
     "flwr.cli.build:build_fab_from_files": ["files"],
-    "flwr.app.message:remove_content_from_message": ["message"],
     "flwr.common.serde:fab_to_proto": ["fab"],
     "flwr.common.serde:message_from_proto": ["message_proto"],
     "flwr.common.serde:message_to_proto": ["message"],
     "flwr.supercore.fab:Fab": ["hash_str", "content", "verifications"],
     "flwr.supercore.heartbeat:HeartbeatSender": ["heartbeat_fn"],
-    "flwr.supercore.inflatable.inflatable_object:get_all_nested_objects": ["obj"],
-    "flwr.supercore.inflatable.inflatable_object:get_object_tree": ["obj"],
-    "flwr.supercore.inflatable.inflatable_object:iterate_object_tree": ["tree"],
-    "flwr.supercore.inflatable.inflatable_object:no_object_id_recompute": [],
-    "flwr.supercore.inflatable.inflatable_protobuf_utils:make_confirm_message_received_fn_protobuf": [
-        "confirm_message_received_protobuf",
-        "node",
-        "run_id",
-    ],
-    "flwr.supercore.inflatable.inflatable_protobuf_utils:make_pull_object_fn_protobuf": [
-        "pull_object_protobuf",
-        "node",
-        "run_id",
-    ],
-    "flwr.supercore.inflatable.inflatable_protobuf_utils:make_push_object_fn_protobuf": [
-        "push_object_protobuf",
-        "node",
-        "run_id",
-        "session_id",
-    ],
-    "flwr.supercore.inflatable.inflatable_utils:inflate_object_from_contents": [
-        "object_id",
-        "object_contents",
-        "keep_object_contents",
-        "objects",
-    ],
-    "flwr.supercore.inflatable.inflatable_utils:pull_objects": [
-        "object_ids",
-        "pull_object_fn",
-        "max_concurrent_pulls",
-        "max_time",
-        "max_tries_per_object",
-        "initial_backoff",
-        "backoff_cap",
-    ],
-    "flwr.supercore.inflatable.inflatable_utils:push_objects": [
-        "objects",
-        "push_object_fn",
-        "object_ids_to_push",
-        "keep_objects",
-        "max_concurrent_pushes",
-    ],
+    "flwr.supercore.inflatable.inflatable_object:get_object_id": ["object_content"],
     "flwr.supercore.interceptors:RuntimeTokenHttpInterceptor": ["token"],
     "flwr.supercore.interceptors:RuntimeVersionHttpInterceptor": ["component_name"],
     "flwr.supercore.primitives.asymmetric:public_key_to_bytes": ["public_key"],
@@ -85,11 +45,14 @@ PARAMETERS = {
 }
 
 METHODS = {
+    "flwr.app:ConfigRecord": ["deflate", "inflate"],
+    "flwr.app:Message": ["object_id"],
     "flwr.supercore.control.control_http_client:ControlHttpClient": [
         "ListNodes",
         "RegisterNode",
         "UnregisterNode",
         "StartRun",
+        "StopRun",
         "from_server_address",
     ],
     "flwr.supercore.runtime:RuntimeHttpClient": [
@@ -101,13 +64,11 @@ METHODS = {
         "PullTaskInput",
         "PushMessages",
         "PushObject",
-        "PushTaskOutput",
         "SendTaskHeartbeat",
         "from_server_address",
     ],
     "flwr.supernode.fleet_http_client:FleetHttpClient": [
         "ActivateNode",
-        "ConfirmMessageReceived",
         "DeactivateNode",
         "PullMessages",
         "PullObject",
@@ -124,6 +85,7 @@ FIELDS = {
     "flwr.proto.control_pb2:RegisterNodeRequest": {"public_key", "name"},
     "flwr.proto.control_pb2:UnregisterNodeRequest": {"node_id"},
     "flwr.proto.control_pb2:StartRunRequest": {"fab", "federation"},
+    "flwr.proto.control_pb2:StopRunRequest": {"run_id"},
     "flwr.proto.fleet_pb2:ActivateNodeRequest": {"public_key", "heartbeat_interval"},
     "flwr.proto.fleet_pb2:DeactivateNodeRequest": {"node_id"},
     "flwr.proto.fleet_pb2:PullMessagesResponse": {"messages_list", "message_object_trees"},
@@ -135,8 +97,14 @@ FIELDS = {
     },
     "flwr.proto.fleet_pb2:PushMessagesResponse": {"objects_to_push", "session_id"},
     "flwr.proto.heartbeat_pb2:SendNodeHeartbeatRequest": {"node", "heartbeat_interval"},
-    "flwr.proto.message_pb2:ConfirmMessageReceivedRequest": {"node", "run_id", "message_object_id"},
-    "flwr.proto.message_pb2:ObjectTree": {"object_id"},
+    "flwr.proto.message_pb2:ConfirmMessageReceivedRequest": {"node", "message_object_id"},
+    "flwr.proto.message_pb2:Message": {"metadata", "error"},
+    "flwr.proto.message_pb2:Metadata": {"message_id", "reply_to_message_id"},
+    "flwr.proto.message_pb2:ObjectTree": {"object_id", "children"},
+    "flwr.proto.message_pb2:PullObjectRequest": {"node", "run_id", "object_id"},
+    "flwr.proto.message_pb2:PullObjectResponse": {"object_found", "object_available", "object_content"},
+    "flwr.proto.message_pb2:PushObjectRequest": {"node", "run_id", "object_id", "object_content", "session_id"},
+    "flwr.proto.message_pb2:PushObjectResponse": {"stored"},
     "flwr.proto.node_pb2:NodeInfo": {"node_id", "public_key", "unregistered_at"},
     "flwr.proto.runtime_pb2:AcquireTaskRequest": {"supported_task_types"},
     "flwr.proto.runtime_pb2:AcquireTaskResponse": {"task", "token"},
@@ -146,14 +114,7 @@ FIELDS = {
     "flwr.proto.runtime_pb2:PullTaskInputResponse": {"task_id", "run", "context"},
     "flwr.proto.runtime_pb2:PushAppMessagesRequest": {"messages_list", "message_object_trees"},
     "flwr.proto.runtime_pb2:PushAppMessagesResponse": {"message_ids", "objects_to_push", "session_id"},
-    "flwr.proto.runtime_pb2:PushTaskOutputRequest": {"sub_status"},
 }
-
-ERRORS = [
-    "flwr.supercore.inflatable.inflatable_utils:ObjectPullError",
-    "flwr.supercore.inflatable.inflatable_utils:ObjectPushError",
-    "flwr.supercore.inflatable.inflatable_utils:ObjectUnavailableError",
-]
 
 CONSTANTS = {
     "flwr.common.constant:SUPERLINK_NODE_ID": 1,
@@ -191,21 +152,14 @@ def test_flower_message_still_has_the_fields_used(reference):
     assert FIELDS[reference] <= {field.name for field in load(reference).DESCRIPTOR.fields}
 
 
-@pytest.mark.parametrize("reference", ERRORS)
-def test_flower_error_is_still_an_error(reference):
-    assert issubclass(load(reference), Exception)
-
-
 @pytest.mark.parametrize("reference", CONSTANTS)
 def test_flower_constant_is_what_it_was(reference):
     assert load(reference) == CONSTANTS[reference]
 
 
-def test_flower_identity_outcomes_and_task_types_have_the_names_used():
+def test_flower_identity_and_task_types_have_the_names_used():
     identity = load("flwr.supercore.task_identity:TaskIdentity")
     assert all(hasattr(type(identity), name) for name in ("task_id", "run_id", "node_id"))
-    outcomes = load("flwr.common.constant:SubStatus")
-    assert (outcomes.COMPLETED, outcomes.FAILED) == ("completed", "failed")
     assert load("flwr.supercore.constant:TaskType").SERVER_APP
 
 
@@ -217,9 +171,6 @@ def test_flower_client_raises_the_errors_of_httpx():
 
 
 def test_flower_superlink_still_knows_the_options_used(tmp_path):
-    # Imported here: the module switches telemetry off before flwr is loaded.
-    from fl_server.rounds.flower import superlink_command
-
     command = superlink_command(
         host="127.0.0.1",
         port=1,

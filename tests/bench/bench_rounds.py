@@ -1,7 +1,7 @@
 """A round without training, its messages and checkpoints only, beside the SuperLink's bare request time.
 
 The floor is what the requests of one round take when one client sends them one after the other:
-a node needs 14 (ask, 6 objects down, confirm, announce, 5 objects up), the driver 6 for its reply.
+a node needs 4 (ask, parameters, announce, update), the driver 1 for its reply.
 Stock Flower cannot be faster than 6 s: each side sleeps 3 s between looks.
 """
 
@@ -18,7 +18,7 @@ from tests.simulators.superlink import running_fleet
 
 PARAMETERS = 100_000  # 400 kB
 ROUNDS = 7  # the first also waits for processes that have just joined
-REQUESTS_PER_NODE = 20
+REQUESTS_PER_NODE = 5
 FLOOR_REQUESTS = 100
 BUDGET_PER_S = 40.0
 STOCK_FLOOR_S = 6.0
@@ -58,7 +58,7 @@ def measure_rounds(count: int) -> dict[str, float]:
 def measure_request_s(fleet) -> float:
     """Return what one small request to an idle SuperLink takes."""
     link = fleet.superlink
-    with Session(address=link.address, ca_path=link.ca_path, superexec_secret_path=link.secret_path) as session:
+    with Session(address=link.address, ca_path=link.ca_path, superexec_secret_path=link.secret_path, size=1) as session:
         session.list_online()
         started = time.perf_counter()
         for _ in range(FLOOR_REQUESTS):

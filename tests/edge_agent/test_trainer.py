@@ -13,6 +13,7 @@ from edge_agent.samples.store import open_samples
 from edge_agent.trainer import LEDGER_NAME
 from edge_agent.training.job import build_job, parse_event
 from edge_agent.training.ledger import open_ledger
+from fl_server.rounds.flower import Session
 from fl_server.rounds.run import RunSpec, create_run, load_parameters
 from models.contract.manifest import MANIFEST_NAME, TRAIN_STEP_NAME
 from tests.simulators.step_graph import FAULTS, build_privacy, build_step_graph, build_training, save_step_version
@@ -164,3 +165,34 @@ def test_a_run_over_a_real_superlink_trains_charges_and_ends_when_idle(tmp_path,
         assert [entry.round for entry in ledger.entries] == [1, 2, 3]
         assert events[3].epsilon == str(ledger.entries[-1].epsilon_after)
     assert np.abs(load_parameters(run_dir, spec.layout, 3)).max() > 0
+
+
+def test_trainer_that_is_told_to_end_takes_leave_so_that_no_round_waits_for_it(tmp_path, orders):
+    with running_fleet(tmp_path) as fleet:
+        (node_id,) = fleet.superlink.register("device-1").values()
+        job = build_training_job(
+            tmp_path,
+            coordinator_key_pem=orders.key_pem,
+            superlink=fleet.superlink.address,
+            ca_path=str(fleet.superlink.ca_path),
+            node_key_path=str(fleet.superlink.node_keys["device-1"]),
+            idle_timeout_s=60.0,
+        )
+        trainer = start_trainer()
+        trainer.stdin.write(build_job(job))
+        trainer.stdin.close()
+        trainer.stdin = None
+        assert parse_event(trainer.stdout.readline()).event == "joined"
+        with Session(
+            address=fleet.superlink.address,
+            ca_path=fleet.superlink.ca_path,
+            superexec_secret_path=fleet.superlink.secret_path,
+            size=4,
+        ) as session:
+            assert node_id in session.list_online()
+            session.send(np.zeros(4, np.float32), {node_id: b"no order"}, lifetime_s=60)
+            trainer.terminate()
+            out, error = trainer.communicate(timeout=20)
+            assert (trainer.returncode, error) == (128 + signal.SIGTERM, b""), out
+            assert node_id not in session.list_online()
+            assert [reply.update for reply in session.collect()] == [None]

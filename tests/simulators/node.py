@@ -1,6 +1,6 @@
 """A node process with a trivial handler: HOST:PORT CA KEY POLL_S IDLE_S BEHAVIOUR RELEASE_PATH.
 
-Prints "joined", then "answered ROUND" or "silent ROUND" for each message.
+Prints "joined", then "answered ROUND" or "silent ROUND" for each message; "order SEQUENCE" on stderr.
 """
 
 import json
@@ -13,7 +13,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.proto.message_pb2 import ObjectTree, PushObjectResponse
 
 from edge_agent.errors import AgentError
 from edge_agent.training import node
@@ -29,29 +30,62 @@ def build_update(behaviour: str, size: int) -> np.ndarray | None:
         "nan": np.full(size, np.nan, np.float32),
         "infinite": np.full(size, np.inf, np.float32),
         "huge": np.full(size, 1e30, np.float32),
-        "short": np.ones(1, np.float32),
-        "scalar": np.float32(1).reshape(()),
-        "matrix": np.ones((size, 1), np.float32),
-        "double": np.ones(size, np.float64),
-        "integer": np.ones(size, np.int32),
         "held": np.ones(size, np.float32),
     }
-    if behaviour in ("torn", "renamed", "extra", "counting"):
-        return updates["one"]
-    return updates.get(behaviour)
+    # Its own update: the SuperLink keeps equal records once, and a device need not send what is there.
+    hostile = {name: np.full(size, 3 + index, np.float32) for index, name in enumerate((*RECORDS, *TURNS))}
+    return {**updates, **hostile}.get(behaviour)
+
+
+OVERSIZED_BYTES = 48 * 1024 * 1024
+RECORDS = {
+    "empty": lambda _: ConfigRecord({"update": b""}),
+    "short": lambda update: ConfigRecord({"update": update.tobytes()[:-4]}),
+    "long": lambda update: ConfigRecord({"update": update.tobytes() + bytes(4)}),
+    "double": lambda update: ConfigRecord({"update": update.astype(np.float64).tobytes()}),
+    "text": lambda _: ConfigRecord({"update": "1" * 40}),
+    "list": lambda update: ConfigRecord({"update": [update.tobytes()]}),
+    "renamed": lambda update: ConfigRecord({"weights": update.tobytes()}),
+    "extra": lambda update: ConfigRecord({"update": update.tobytes(), "bias": update.tobytes()}),
+    "counting": lambda update: ConfigRecord({"update": update.tobytes(), "num-examples": 10**15}),
+    "array": lambda update: ArrayRecord({"update": Array(update)}),
+    "oversized": lambda _: ConfigRecord({"update": bytes(OVERSIZED_BYTES)}),
+}
+
+
+def tear() -> None:
+    """Announce records, and never send them."""
+    node.FleetHttpClient.PushObject = lambda *_: PushObjectResponse(stored=True)
+
+
+def flood() -> None:
+    """Send what belongs into a record with the head, where one answer brings the heads of many."""
+    node.RecordDict = lambda: RecordDict({"flood": ConfigRecord({"flood": bytes(OVERSIZED_BYTES)})})
+
+
+def nest() -> None:
+    """Hang another record below the update."""
+    more = [ObjectTree(object_id="0" * 64)]
+    node.ObjectTree = lambda object_id, children=more: ObjectTree(object_id=object_id, children=children)
+
+
+def pair() -> None:
+    """Hang another record beside the update."""
+    more = [ObjectTree(object_id="1" * 64)]
+    node.ObjectTree = lambda object_id, children=(): ObjectTree(
+        object_id=object_id, children=[*children, *(more if children else [])]
+    )
+
+
+TURNS = {"torn": tear, "flooding": flood, "nested": nest, "paired": pair}
 
 
 def turn_hostile(behaviour: str) -> None:
     """Make this device send what an honest one cannot."""
-    match behaviour:
-        case "torn":  # announces its arrays and never sends them
-            node.push_objects = lambda *_args, **_options: None
-        case "renamed":
-            node.ArrayRecord = lambda arrays: ArrayRecord({"weights": arrays["update"]})
-        case "extra":
-            node.ArrayRecord = lambda arrays: ArrayRecord({**arrays, "bias": arrays["update"]})
-        case "counting":
-            node.RecordDict = lambda content: RecordDict({**content, "metrics": MetricRecord({"num-examples": 10**15})})
+    if behaviour in RECORDS:
+        node._build_record = RECORDS[behaviour]
+    elif behaviour in TURNS:
+        TURNS[behaviour]()
 
 
 def main() -> int:
@@ -60,7 +94,9 @@ def main() -> int:
     turn_hostile(behaviour)
 
     def handle(parameters, envelope):
-        number = json.loads(json.loads(envelope)["payload"])["round"]
+        order = json.loads(json.loads(envelope)["payload"])
+        number = order["round"]
+        print("order", order.get("sequence"), file=sys.stderr, flush=True)
         if behaviour == "held":
             print("holding", number, flush=True)
             while not Path(release).exists():

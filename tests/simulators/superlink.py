@@ -24,8 +24,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from fl_server.rounds.events import Event, parse_event
-from fl_server.rounds.flower import register_nodes, superlink_command
+from fl_server.rounds.flower import register_nodes
 from fl_server.rounds.run import RunSpec, create_run
+from fl_server.rounds.superlink_command import superlink_command
 from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
 from models.tensors.layout import Layout
 

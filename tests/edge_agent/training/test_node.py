@@ -21,11 +21,12 @@ def fleet(tmp_path_factory):
         yield fleet
 
 
-def open_session(fleet) -> Session:
+def open_session(fleet, size=10) -> Session:
     return Session(
         address=fleet.superlink.address,
         ca_path=fleet.superlink.ca_path,
         superexec_secret_path=fleet.superlink.secret_path,
+        size=size,
     )
 
 
@@ -66,14 +67,13 @@ def test_handler_gets_parameters_and_envelope_and_its_update_reaches_the_coordin
         kwargs={"idle_timeout_s": 5.0, "joined": lambda: joined.append(True)},
     )
     thread.start()
-    parameters = np.linspace(-1, 1, 2_000_001, dtype=np.float32)  # two chunks
-    with open_session(fleet) as session:
+    parameters = np.linspace(-1, 1, 2_000_001, dtype=np.float32)
+    with open_session(fleet, parameters.size) as session:
         wait_until(lambda: node_id in session.list_online())
         for envelope in (b"\x00first", b"second"):
             (reply,) = exchange(session, node_id, parameters, envelope)
             assert reply.node_id == node_id
-            assert set(reply.arrays) == {"update"}
-            assert reply.arrays["update"].tobytes() == (parameters * np.float32(2)).tobytes()
+            assert reply.update == (parameters * np.float32(2)).tobytes()
         thread.join(30)
         assert not thread.is_alive()
         assert node_id not in session.list_online()
@@ -104,7 +104,7 @@ def test_handler_that_answers_nothing_or_raises_lets_nothing_through_and_is_aske
             session.send(np.zeros(3, np.float32), {node_id: envelope}, lifetime_s=30)
             wait_until(lambda number=number: len(asked) == number)
         replies = exchange(session, node_id, np.zeros(3, np.float32), b"3")
-        assert [reply.arrays["update"].tolist() for reply in replies] == [[1, 1, 1]]
+        assert [reply.update for reply in replies] == [np.ones(3, np.float32).tobytes()]
     thread.join(30)
     assert "RuntimeError" in caplog.text
     assert "0.1234" not in caplog.text
@@ -172,7 +172,7 @@ def test_absent_superlink_is_waited_for_and_one_that_forgot_everything_is_joined
         with open_session(fleet) as session:
             wait_until(lambda: node_id in session.list_online(), what="the node")
             (reply,) = exchange(session, node_id, np.zeros(4, np.float32))
-        assert reply.arrays["update"].tolist() == [1, 1, 1, 1]
+        assert reply.update == np.ones(4, np.float32).tobytes()
 
 
 def test_message_that_expired_before_it_was_fetched_is_never_trained(fleet):
@@ -182,7 +182,8 @@ def test_message_that_expired_before_it_was_fetched_is_never_trained(fleet):
         wait_until(lambda: node_id in session.list_online())
         first.kill()
         (reply,) = exchange(session, node_id, np.zeros(2, np.float32), lifetime_s=1)
-        assert reply.arrays is None
+        assert reply.update is None
+        assert not reply.failure
         again = fleet.start_node("sleepy", poll_s=0.1)
         assert again.next_line() == b"joined\n"
         session.send(

@@ -1,14 +1,25 @@
 """Runs driven by the real driver over a real SuperLink, with node processes."""
 
 import os
+import re
 import signal
+import sqlite3
+import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fl_server.rounds.flower import list_nodes, register_nodes
-from fl_server.rounds.run import build_round_dir, load_checkpoint, load_parameters, load_spec
+from fl_server.rounds.run import (
+    build_round_dir,
+    load_checkpoint,
+    load_parameters,
+    load_sequence,
+    load_spec,
+    save_sequence,
+)
 from tests.simulators.superlink import Fleet, running_fleet, running_superlink, wait_until
 
 
@@ -83,12 +94,18 @@ def test_updates_that_cannot_count_are_refused_by_name_and_the_round_goes_on(fle
         "nan": "NaN",
         "infinite": "infinity",
         "huge": "norm",
-        "short": "shape (1,)",
-        "matrix": "shape (10, 1)",
-        "double": "float64",
-        "renamed": "arrays ['weights']",
-        "extra": "arrays ['bias', 'update']",
-        "counting": "['arrays', 'metrics']",
+        "empty": "0 bytes, expected 40",
+        "short": "36 bytes",
+        "long": "44 bytes",
+        "double": "80 bytes",
+        "text": "str, expected bytes",
+        "list": "list, expected bytes",
+        "renamed": "['weights']",
+        "extra": "['bias', 'update']",
+        "counting": "['num-examples', 'update']",
+        "array": "cannot be read",
+        "nested": "other than one record",
+        "paired": "other than one record",
     }
     devices = fleet.superlink.register("good", "zero", *behaviours)
     for device_id in devices:
@@ -118,6 +135,38 @@ def test_device_that_answers_nothing_or_fails_only_costs_the_deadline(fleet):
     log = nodes["raise"].log_path.read_text()
     assert "RuntimeError" in log
     assert "0.1234" not in log
+
+
+@pytest.mark.parametrize("behaviour", ["oversized", "flooding"])
+def test_reply_without_end_is_not_read_and_costs_nobody_else_the_round(fleet, behaviour):
+    devices = fleet.superlink.register("good", "hostile", "two")
+    for name in devices:
+        fleet.start_node(name, behaviour={"good": "one", "hostile": behaviour}.get(name, name))
+    run_dir = fleet.create_run(devices, rounds=2, quorum=2, deadline_s=60)
+    driver = fleet.start_driver(run_dir)
+    assert driver.next_event().event == "joined"
+    refused, completed = driver.next_event(), driver.next_event()
+    if completed.event != "round":
+        refused, completed = completed, driver.next_event()
+    assert (refused.device, completed.accepted) == ("hostile", ("good", "two"))
+    assert "too long" in refused.reason
+    peak_kb = int(re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{driver.pid}/status").read_text())[1])
+    assert peak_kb < 160 * 1024  # the driver alone needs 100 MB; each copy of the reply would add 48
+    driver.say("continue")
+    driver.run_to_end()
+    assert parameters_after(run_dir, 2) == [3.0] * 10
+
+
+def test_orders_rise_even_when_the_clock_was_set_back_between_two_drivers(fleet):
+    devices = fleet.superlink.register("a")
+    node = fleet.start_node("a")
+    run_dir = fleet.create_run(devices, rounds=2)
+    ahead = int((time.time() + 86_400) * 1e6)
+    save_sequence(run_dir, ahead)  # as a driver left it whose clock was a day ahead
+    events = fleet.start_driver(run_dir).run_to_end()
+    assert names(events) == ["joined", "round", "round", "done"]
+    sequences = [int(number) for number in re.findall(r"order (\d+)", node.log_path.read_text())]
+    assert ahead < sequences[0] < sequences[1] <= load_sequence(run_dir)
 
 
 def test_reply_that_breaks_off_only_costs_the_deadline(fleet):
@@ -236,6 +285,16 @@ def test_superlink_killed_in_a_round_and_restarted_lets_the_same_driver_finish(o
     assert [event.accepted for event in completed] == [("a", "late")] * 2
     assert parameters_after(run_dir, 2) == [2.0] * 10
     assert all(node.process.poll() is None for node in nodes)
+
+
+def test_finished_run_leaves_no_parameters_or_updates_with_the_superlink(own_fleet):
+    devices = own_fleet.superlink.register("a", "b")
+    own_fleet.start_node("a")
+    own_fleet.start_node("b", behaviour="silent")
+    events = own_fleet.start_driver(own_fleet.create_run(devices, rounds=1, quorum=1, deadline_s=2)).run_to_end()
+    assert names(events) == ["joined", "round", "done"]
+    with closing(sqlite3.connect(own_fleet.superlink.directory / "flwr.db")) as database:
+        assert database.execute("SELECT count(*) FROM objects").fetchone() == (0,)
 
 
 def test_driver_gives_up_when_the_superlink_stays_away(own_fleet):

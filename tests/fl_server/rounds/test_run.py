@@ -7,13 +7,16 @@ from fl_server.errors import RunError
 from fl_server.rounds.run import (
     CHECKPOINT_NAME,
     PARAMETERS_NAME,
+    SEQUENCE_NAME,
     RunSpec,
     build_round_dir,
     create_run,
     load_checkpoint,
     load_parameters,
+    load_sequence,
     load_spec,
     save_checkpoint,
+    save_sequence,
 )
 from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
 from models.tensors.layout import Layout
@@ -122,3 +125,12 @@ def test_unreadable_run_says_which_file(tmp_path):
     (tmp_path / "rounds" / "0000" / PARAMETERS_NAME).write_bytes(b"junk")
     with pytest.raises(RunError, match="safetensors"):
         load_parameters(tmp_path, LAYOUT, 0)
+
+
+def test_sequences_that_were_used_up_stay_so_and_a_damaged_record_of_them_is_not_guessed(tmp_path):
+    assert load_sequence(tmp_path) == 0
+    save_sequence(tmp_path, 1764000000000000)
+    assert load_sequence(tmp_path) == 1764000000000000
+    (tmp_path / SEQUENCE_NAME).write_bytes(b"")
+    with pytest.raises(RunError, match="no number"):
+        load_sequence(tmp_path)

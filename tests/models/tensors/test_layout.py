@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from models.tensors.layout import Layout
+from models.tensors.layout import Layout, build_vector_bytes, parse_vector_bytes
 
 LAYOUT = Layout(names=("w", "b", "scale"), shapes=((2, 3), (2,), ()))
 
@@ -31,3 +31,12 @@ def test_other_names_and_shapes_are_refused() -> None:
         LAYOUT.unflatten(np.zeros(3, np.float32))
     with pytest.raises(ValueError, match="each name once"):
         Layout(names=("w", "w"), shapes=((1,), (1,)))
+
+
+def test_a_vector_travels_as_little_endian_float32() -> None:
+    vector = np.array([1, -2.5, np.float32(1e-30)], np.float32)
+    data = build_vector_bytes(vector)
+    assert data[:8] == bytes.fromhex("0000803f000020c0")
+    np.testing.assert_array_equal(parse_vector_bytes(data), vector)
+    with pytest.raises(ValueError, match="size"):
+        parse_vector_bytes(data[:-1])
