@@ -1,6 +1,7 @@
 """The server's own data: what calibrates and measures versions, never a device's."""
 
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fl_server.errors import UsageError
+from models.tensors.features import Feature, RowError, build_inputs
 from models.tensors.spec import TensorSpec
 
 
@@ -29,13 +31,17 @@ class NamedData:
     y: npt.NDArray[Any] | None
 
 
-def load_held_out(path: Path, spec: TensorSpec) -> HeldOutData:
+def load_held_out(path: Path, spec: TensorSpec, features: Sequence[Feature] = ()) -> HeldOutData:
     """Return the npz at `path`, its x as the dtype of the model's input `spec`.
 
+    Without x it holds an array for each column of raw rows, of which `features` make the input, as on a device.
+
     Raises:
-        UsageError: Unreadable, not rows of the input's shape, or not finite.
+        UsageError: Unreadable, not rows of the input's shape, of no use to the features, or not finite.
     """
     arrays = _load_arrays(path)
+    if "x" not in arrays and features:
+        arrays["x"] = _build_input(path, arrays, spec, features)
     if "x" not in arrays:
         raise UsageError(f"{path} holds no array x; arrays there: {', '.join(sorted(arrays)) or 'none'}")
     y = arrays.get("y")
@@ -61,6 +67,20 @@ def load_named_data(path: Path, specs: tuple[TensorSpec, ...]) -> NamedData:
     y = arrays.get("y")
     _check_target(path, y, next(iter(rows.values())))
     return NamedData(inputs=inputs, y=y)
+
+
+def _build_input(
+    path: Path, columns: Mapping[str, npt.NDArray[Any]], spec: TensorSpec, features: Sequence[Feature]
+) -> npt.NDArray[Any]:
+    names = [name for name in dict.fromkeys(feature.column for feature in features) if name in columns]
+    lengths = {name: columns[name].shape for name in names}
+    if len(set(lengths.values())) != 1 or len(next(iter(lengths.values()))) != 1:
+        raise UsageError(f"{path}: expected x, or columns of one length for the model's features, got {lengths}")
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*(columns[name].tolist() for name in names), strict=True)]
+    try:
+        return build_inputs(features, (spec,), rows)[spec.name]
+    except RowError as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
 def _load_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,9 @@ def package_definition(
         ServerError: What cannot be used, and why.
     """
     _clear_place(out_dir)
-    spec = definition.inputs[0]
-    calibration = load_held_out(data.calibration_path, spec) if data.calibration_path else None
-    validation = load_held_out(data.validation_path, spec) if data.validation_path else calibration
+    load = partial(load_held_out, spec=definition.inputs[0], features=definition.features)
+    calibration = load(data.calibration_path) if data.calibration_path else None
+    validation = load(data.validation_path) if data.validation_path else calibration
     ranges = calibration or validation
     if ranges is None:
         say(
@@ -86,7 +87,7 @@ def package_definition(
                 else architecture.load_initial_parameters()
             ),
             version=_get_next_version(directory, definition.name),
-            calibration=_make_up_inputs(spec) if ranges is None else ranges.x,
+            calibration=_make_up_inputs(definition.inputs[0]) if ranges is None else ranges.x,
             tools=Tools(measure=_build_measure(definition, validation), tflite=tflite),
             lineage=Lineage(),
             privacy=None,

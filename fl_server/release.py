@@ -213,7 +213,9 @@ class Releases:
 
     def _load_calibration(self, model: str, architecture: Architecture) -> npt.NDArray[Any]:
         settings = self._get_settings(model)
-        return load_held_out(settings.calibration or settings.validation, architecture.inputs[0]).x
+        return load_held_out(
+            settings.calibration or settings.validation, architecture.inputs[0], architecture.features
+        ).x
 
     def _build_tools(self, model: str, architecture: Architecture) -> Tools:
         runtime = self._get_settings(model).runtime
@@ -225,7 +227,7 @@ class Releases:
 
     def _build_measure(self, model: str, architecture: Architecture) -> Callable[[Path, Path], Quality]:
         path = self._get_settings(model).validation
-        data = load_held_out(path, architecture.inputs[0])
+        data = load_held_out(path, architecture.inputs[0], architecture.features)
         if data.y is None:
             raise ServerError(f"{path} has no y: versions are measured against it")
         metric: str | MetricFunction = architecture.training.metric
