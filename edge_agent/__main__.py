@@ -5,16 +5,17 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_agent.errors import AgentError, RequestError
 from models.contract.errors import ContractError
 from models.contract.settings import SettingsError
 
+if TYPE_CHECKING:
+    from edge_agent.samples.fields import FieldRules
+
 CONFIG_PATH = Path("edge-agent.toml")
-BATCH_SAMPLES = 200  # one transaction; 200 images of 28 x 28 are 0.7 MB of the 4 MiB a request may have
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,12 +71,15 @@ def privacy(options: argparse.Namespace) -> None:
 def predict(options: argparse.Namespace) -> None:
     """Ask the model for the outputs of rows given as JSON."""
     from edge_agent.client import AgentClient
+    from edge_agent.predictors import build_agent_inputs
 
     rows = _read_rows(options.file)
     with AgentClient(_find_socket(options)) as client:
         model = client.get("/v1/status")["model"]
         metadata = client.get(f"/v2/models/{model}")
-        answer = client.post(f"/v2/models/{model}/infer", {"inputs": _build_inputs(rows, metadata["inputs"])})
+        raw = _find_raw_rows(rows, metadata)
+        inputs = build_agent_inputs(client, raw) if raw else _build_inputs(rows, metadata["inputs"])
+        answer = client.post(f"/v2/models/{model}/infer", {"inputs": inputs})
     if options.json:
         _print_json(answer)
         return
@@ -85,21 +89,11 @@ def predict(options: argparse.Namespace) -> None:
 
 def ingest(options: argparse.Namespace) -> None:
     """Hand samples of a file to the device; they never leave it."""
+    from edge_agent.batch import ingest_file
     from edge_agent.client import AgentClient
-    from edge_agent.samples.ingest import read_samples
 
-    kept = 0
     with AgentClient(_find_socket(options)) as client:
-        for batch in _split(read_samples(options.file), BATCH_SAMPLES):
-            document = {"samples": [{"x": x, "y": y} for x, y in batch]}
-            try:
-                kept += len(client.post("/v1/samples", document)["ids"])
-            except AgentError as error:
-                raise AgentError(f"{options.file}: after {kept} samples were kept: {error}") from error
-            if sys.stderr.isatty():
-                print(f"\r{kept} samples", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+        kept = ingest_file(options.file, client, options.target)
     if options.json:
         _print_json({"kept": kept})
     else:
@@ -122,6 +116,28 @@ def feedback(options: argparse.Namespace) -> None:
         print(f"{kept} samples are kept on this device" if kept else "not kept: samples.keep_share left it out")
 
 
+def infer(options: argparse.Namespace) -> None:
+    """Answer every row of a file with the model; goes on where it was interrupted."""
+    import dataclasses
+    from contextlib import ExitStack
+
+    from edge_agent.batch import infer_file
+    from edge_agent.predictors import AgentPredictor, LocalPredictor, Predictor
+
+    with ExitStack() as stack:
+        if options.version_dir is not None:
+            predictor: Predictor = LocalPredictor(options.version_dir, _load_rules(options))
+        else:
+            from edge_agent.client import AgentClient
+
+            predictor = AgentPredictor(stack.enter_context(AgentClient(_find_socket(options))))
+        summary = infer_file(options.input, options.output, predictor)
+    if options.json:
+        _print_json(dataclasses.asdict(summary))
+    else:
+        print(f"{summary.rows} rows of {options.input} are answered in {summary.output}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="edge-agent", description="Serves a model on this device and trains it in private."
@@ -129,21 +145,45 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     serving = _add_command(commands, run)
     serving.add_argument("--config", type=Path, default=CONFIG_PATH, metavar="FILE", help="default: %(default)s")
-    for command in (status, predict, ingest, feedback, privacy):
+    for command in (status, predict, infer, ingest, feedback, privacy):
         asking = _add_command(commands, command)
-        asking.add_argument("--config", type=Path, default=CONFIG_PATH, metavar="FILE", help="default: %(default)s")
+        asking.add_argument("--config", type=Path, metavar="FILE", help=f"default: {CONFIG_PATH}")
         asking.add_argument("--uds", type=Path, metavar="PATH", help="the agent's Unix socket, instead of --config")
         asking.add_argument("--json", action="store_true", help="print JSON")
         if command is predict:
             asking.add_argument(
                 "file", metavar="FILE", help='JSON: a row, a list of rows, or {"input": rows}; - for stdin'
             )
+        if command is infer:
+            _describe_infer(asking)
         if command is feedback:
             asking.add_argument("id", metavar="ID", help="of the answer")
             asking.add_argument("target", metavar="TARGET", help="number or label; JSON lists for several rows")
         if command is ingest:
-            asking.add_argument("file", type=Path, metavar="FILE", help="*.npz (x, y), *.jsonl or *.csv (target last)")
+            asking.add_argument("file", type=Path, metavar="FILE", help="*.csv, *.jsonl, *.parquet or *.npz")
+            asking.add_argument("--target", metavar="COLUMN", help="default: y, or the last column of a CSV file")
     return parser
+
+
+def _describe_infer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="*.csv, *.jsonl, *.parquet or *.npz")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="a new file, of any of these kinds")
+    parser.add_argument(
+        "--version-dir",
+        type=Path,
+        metavar="DIR",
+        help="load this version instead of asking the agent; a --config's rules hold",
+    )
+
+
+def _load_rules(options: argparse.Namespace) -> "FieldRules | None":
+    """Return the owner's rules if a configuration was named; a version folder alone needs none."""
+    if options.config is None:
+        return None
+    from edge_agent.collector import build_rules
+    from edge_agent.config import load_agent_settings
+
+    return build_rules(load_agent_settings(options.config))
 
 
 def _add_command(commands: Any, command: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
@@ -158,7 +198,7 @@ def _find_socket(options: argparse.Namespace) -> Path:
         return Path(options.uds)
     from edge_agent.config import load_agent_settings
 
-    return load_agent_settings(options.config).uds_path
+    return load_agent_settings(options.config or CONFIG_PATH).uds_path
 
 
 def _ask(options: argparse.Namespace, path: str) -> Any:
@@ -176,6 +216,13 @@ def _read_rows(name: str) -> Any:
         raise RequestError(f"{name}: {error.strerror or error}") from error
     except ValueError as error:
         raise RequestError(f"{name}: not JSON: {error}") from error
+
+
+def _find_raw_rows(rows: Any, metadata: dict[str, Any]) -> list[Any]:
+    """Return rows by column, of which the agent makes inputs; empty if `rows` are tensors."""
+    if isinstance(rows, dict) and "columns" in metadata.get("parameters", {}):
+        return [] if rows.keys() == {tensor["name"] for tensor in metadata["inputs"]} else [rows]
+    return rows if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows) else []
 
 
 def _build_inputs(rows: Any, tensors: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -206,12 +253,6 @@ def _describe_outputs(outputs: Iterable[dict[str, Any]], labels: Sequence[str]) 
             best = f" {labels[values.index(max(values))]}" if inner == [len(labels)] else ""
             shown = " ".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values)
             yield f"{output['name']}[{row}]{best}: {shown}"
-
-
-def _split(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(rows)
-    while batch := list(islice(iterator, size)):
-        yield batch
 
 
 def _print_json(document: object) -> None:

@@ -20,6 +20,7 @@ from edge_agent.collector import Collector
 from edge_agent.config import AgentSettings
 from edge_agent.errors import AgentError, StalledError
 from edge_agent.http.app import App, Device
+from edge_agent.http.samples import parse_samples
 from edge_agent.http.server import HttpServer, bind_sockets
 from edge_agent.inference.engine import Engine
 from edge_agent.inference.model import load_model
@@ -28,6 +29,7 @@ from edge_agent.monitor.latency import LatencyHistogram
 from edge_agent.monitor.telemetry import build_metrics, read_rss_mb
 from edge_agent.owner import OwnerStatus, load_privacy_report
 from edge_agent.reporter import Reporter
+from edge_agent.samples.sensor import SensorFeed
 from edge_agent.updates.installer import Updater, UpdaterSettings
 from edge_agent.wake import TrainingDesk
 from models.contract.encoding import parse_json
@@ -82,6 +84,7 @@ class Agent:
         self._latencies = LatencyHistogram()
         self._failures = 0
         self._samples = Collector(settings, get_manifest=self._find_manifest)
+        self._sensor = SensorFeed(parse=parse_samples, keep=self._samples.add, keep_share=settings.samples.keep_share)
         self._stopped = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._offer_topic = build_offer_topic(settings.fleet)
@@ -112,6 +115,7 @@ class Agent:
             ("outbox", self._keep_outbox),
             ("model", self._load_active),
             ("http", self._start_http),
+            ("sensor", self._start_sensor),
             ("link", self._start_link),
             ("updates", self._start_updates),
             ("training", self._prepare_training),
@@ -155,6 +159,10 @@ class Agent:
         stack.push_async_callback(drain)
         await server.wait_listening()
 
+    async def _start_sensor(self, stack: contextlib.AsyncExitStack) -> None:
+        if self._settings.samples.mqtt_topic is not None:
+            _start_task(stack, self._sensor.run())
+
     async def _start_link(self, stack: contextlib.AsyncExitStack) -> None:
         _start_task(stack, self._link.run())
 
@@ -177,6 +185,8 @@ class Agent:
             self._work(self._training.handle_command(payload))
         elif topic == self._ack_topic:
             self._take_ack(payload)
+        elif topic == self._settings.samples.mqtt_topic:
+            self._sensor.take(payload)
         else:
             self._reporter.ignored += 1
 
@@ -209,7 +219,7 @@ class Agent:
             training=self._training.run,
             samples=self._samples.keeper.count(),
             unsent_events=self._reporter.count_unsent(),
-            ignored_messages=self._reporter.ignored,
+            ignored_messages=self._reporter.ignored + self._sensor.ignored,
             dropped_messages=self._reporter.count_dropped(),
             uptime_s=round(self._reporter.uptime_s, 1),
             rss_mb=round(read_rss_mb(), 1),
@@ -232,7 +242,8 @@ class Agent:
         return Device(
             agent_version=self._version,
             get_model=lambda: self._engine.active,
-            add_samples=self._samples.keeper.add,
+            add_samples=self._samples.add,
+            build_inputs=self._samples.build_inputs,
             get_status=self._build_owner_status,
             get_privacy=lambda: load_privacy_report(self._settings),
             get_metrics=self._build_metrics,
@@ -242,12 +253,13 @@ class Agent:
 
     def _describe_broker(self) -> Broker:
         settings = self._settings
+        sensor = settings.samples.mqtt_topic
         return Broker(
             host=settings.broker.host,
             port=settings.broker.port,
             client_id=settings.device_id,
             keepalive_s=settings.broker.keepalive_s,
-            subscriptions=(self._offer_topic, self._command_topic, self._ack_topic),
+            subscriptions=tuple(filter(None, (self._offer_topic, self._command_topic, self._ack_topic, sensor))),
         )
 
     def _describe_updates(self, root: bytes) -> UpdaterSettings:

@@ -32,8 +32,8 @@ class AgentClient:
         return self._request("GET", path, None)
 
     def post(self, path: str, document: object) -> Any:
-        """Return the answer to `document`; raises AgentError."""
-        return self._request("POST", path, json.dumps(document).encode())
+        """Return the answer to `document`, which may be JSON already; raises AgentError."""
+        return self._request("POST", path, document if isinstance(document, bytes) else json.dumps(document).encode())
 
     def _request(self, method: str, path: str, body: bytes | None) -> Any:
         try:

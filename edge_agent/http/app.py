@@ -18,7 +18,7 @@ import msgspec
 from edge_agent.errors import AgentError, RequestError
 from edge_agent.http import oip
 from edge_agent.http.oip import Array
-from edge_agent.http.samples import parse_samples
+from edge_agent.http.samples import parse_rows, parse_samples
 from models.contract.manifest import ModelManifest
 
 Scope: TypeAlias = dict[str, Any]
@@ -47,6 +47,7 @@ class Device:
     Attributes:
         get_model: The active model; None before there is one.
         add_samples: Keeps samples durably and returns their ids; may block.
+        build_inputs: Returns raw rows as the model's inputs; may block.
         get_status: A document for the device's owner.
         get_privacy: What training has cost so far, a document for the device's owner; may block.
         get_metrics: Prometheus text.
@@ -56,7 +57,8 @@ class Device:
 
     agent_version: str
     get_model: Callable[[], Model | None]
-    add_samples: Callable[[Sequence[tuple[Array, Array]]], list[int]]
+    add_samples: Callable[[Sequence[tuple[Any, Any]]], list[int]]
+    build_inputs: Callable[[Sequence[Any]], Mapping[str, Array]]
     get_status: Callable[[], object]
     get_privacy: Callable[[], object]
     get_metrics: Callable[[], str]
@@ -83,6 +85,7 @@ class App:
             "v2/health/live": ("GET", self._get_live),
             "v2/health/ready": ("GET", self._get_ready),
             "v1/samples": ("POST", self._post_samples),
+            "v1/rows": ("POST", self._post_rows),
             "v1/status": ("GET", self._get_status),
             "v1/privacy": ("GET", self._get_privacy),
             "metrics": ("GET", self._get_metrics),
@@ -178,6 +181,10 @@ class App:
         samples = parse_samples(await body.read())
         ids = await asyncio.to_thread(self._device.add_samples, samples)  # waits for the disk
         return _Answer(_build_json({"ids": ids}))
+
+    async def _post_rows(self, body: "_Body") -> "_Answer":
+        rows = parse_rows(await body.read())
+        return _Answer(oip.build_tensors(await asyncio.to_thread(self._device.build_inputs, rows)))
 
     async def _get_status(self, _body: "_Body") -> "_Answer":
         return _Answer(_build_json(self._device.get_status()))

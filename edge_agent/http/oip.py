@@ -128,12 +128,17 @@ def build_infer_response(manifest: ModelManifest, request: InferRequest, outputs
     return _ENCODER.encode(_Response(manifest.model, str(manifest.version), tensors, request.id))
 
 
+def build_tensors(inputs: Mapping[str, Array]) -> bytes:
+    """Return `inputs` as a request has them, in a document of their own."""
+    return _ENCODER.encode({"inputs": [_build_tensor(name, array) for name, array in inputs.items()]})
+
+
 def build_server_metadata(version: str) -> bytes:
     return _ENCODER.encode({"name": SERVER_NAME, "version": version, "extensions": []})
 
 
 def build_model_metadata(manifest: ModelManifest) -> bytes:
-    """Return name, version and tensors of the model; its labels, if it has any, as a parameter."""
+    """Return name, version and tensors of the model; its labels and the columns of its raw rows, if any, as parameters."""
     document: dict[str, object] = {
         "name": manifest.model,
         "versions": [str(manifest.version)],
@@ -141,8 +146,9 @@ def build_model_metadata(manifest: ModelManifest) -> bytes:
         "inputs": _describe(manifest.inputs),
         "outputs": _describe(manifest.outputs),
     }
-    if manifest.labels:
-        document["parameters"] = {"labels": manifest.labels}
+    parameters = {"labels": manifest.labels, "columns": [feature.column for feature in manifest.features]}
+    if said := {name: values for name, values in parameters.items() if values}:
+        document["parameters"] = said
     return _ENCODER.encode(document)
 
 

@@ -19,11 +19,16 @@ class _Request(msgspec.Struct):
     samples: list[_Sample]
 
 
+class _Rows(msgspec.Struct):
+    rows: list[Any]
+
+
 _DECODER = msgspec.json.Decoder(_Request)
+_ROWS_DECODER = msgspec.json.Decoder(_Rows)
 
 
-def parse_samples(body: bytes) -> list[tuple[Array, Array]]:
-    """Return (x, y) of each sample, without a batch axis.
+def parse_samples(body: bytes) -> list[tuple[Array | dict[str, Any], Array | str]]:
+    """Return (x, y) of each sample, without a batch axis; an x by column, and a y that is a label, as they came.
 
     Raises:
         RequestError: Not JSON, no samples, or values that are no finite numbers in a regular array.
@@ -33,9 +38,23 @@ def parse_samples(body: bytes) -> list[tuple[Array, Array]]:
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise RequestError(f'expected {{"samples": [{{"x", "y"}}]}} as JSON in UTF-8: {error}') from error
     return [
-        (_to_array(sample.x, f"samples[{index}].x"), _to_array(sample.y, f"samples[{index}].y"))
+        (
+            sample.x if isinstance(sample.x, dict) else _to_array(sample.x, f"samples[{index}].x"),
+            sample.y if isinstance(sample.y, str) else _to_array(sample.y, f"samples[{index}].y"),
+        )
         for index, sample in enumerate(request.samples)
     ]
+
+
+def parse_rows(body: bytes) -> list[Any]:
+    """Return raw rows, for the model's features to make inputs of; raises RequestError."""
+    try:
+        rows = _ROWS_DECODER.decode(body).rows
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise RequestError(f'expected {{"rows": [{{column: value}}]}} as JSON in UTF-8: {error}') from error
+    if not rows:
+        raise RequestError("expected at least one row")
+    return rows
 
 
 def _to_array(value: Any, where: str) -> Array:

@@ -1,16 +1,16 @@
 """One loaded model version: what it takes to load it, and the way from checked inputs to outputs."""
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from edge_agent.errors import AgentError, RequestError, StalledError
 from edge_agent.inference.backend import Array, Backend
 from edge_agent.inference.statistics import ModelStatistics
-from models.contract.manifest import ModelManifest
+from models.contract.manifest import MANIFEST_NAME, ModelManifest, Runtime, parse_manifest
 from models.tensors.spec import TensorSpec
 
 _WARM_UP_ROWS = (1, 2)  # the smallest batches of which one shows that the batch axis is free
@@ -36,7 +36,7 @@ class ServedModel:
         self.batching_pays = False
         self._run = backend.run
         self._output_names = tuple(backend.output_names)
-        self._inputs = tuple((spec.name, np.dtype(spec.dtype), spec.row_shape) for spec in manifest.inputs)
+        self._inputs = tuple((spec.name, spec.numpy_dtype, spec.row_shape) for spec in manifest.inputs)
 
     def infer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the outputs by name, for a batch of rows.
@@ -75,7 +75,7 @@ class ServedModel:
         rows = 0
         for name, spec in expected.items():
             array = inputs[name]
-            if array.dtype != np.dtype(spec.dtype):
+            if array.dtype != spec.numpy_dtype:
                 return f"input {name!r}: expected {spec.dtype}, got {array.dtype}"
             if array.ndim == 0 or array.shape[1:] != spec.row_shape or len(array) == 0:
                 shape = ", ".join(["rows", *map(str, spec.row_shape)])
@@ -84,6 +84,30 @@ class ServedModel:
                 return f"input {name!r}: expected {rows} rows as in the other inputs, got {len(array)}"
             rows = len(array)
         return "the inputs changed while they were checked"
+
+
+def load_version(directory: Path) -> ServedModel:
+    """Return the version in `directory`, its graph verified by the manifest's digest.
+
+    Raises:
+        StalledError: A file is missing or is not what the manifest says, or as `load_model`.
+        MalformedError: The manifest is none.
+    """
+    manifest = load_manifest(directory)
+    return load_model(directory, manifest)
+
+
+def load_manifest(directory: Path) -> ModelManifest:
+    """Return the manifest of the version in `directory`, whose graph is there and as it says; raises as `load_version`."""
+    try:
+        manifest = parse_manifest((directory / MANIFEST_NAME).read_bytes())
+        entry, path = manifest.files[manifest.inference_name], directory / manifest.inference_name
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry.digest:
+                raise StalledError(f"{path}: not the file that {MANIFEST_NAME} names: its digest is another")
+    except OSError as error:
+        raise StalledError(f"{error.filename}: {error.strerror}") from error
+    return manifest
 
 
 def load_model(directory: Path, manifest: ModelManifest) -> ServedModel:
@@ -105,7 +129,7 @@ def load_model(directory: Path, manifest: ModelManifest) -> ServedModel:
     return model
 
 
-def _open_backend(runtime: Literal["onnx", "tflite"], path: Path) -> Backend:
+def _open_backend(runtime: Runtime, path: Path) -> Backend:
     if runtime != "onnx":
         raise StalledError(f"{path.name}: this agent runs ONNX graphs, not {runtime}")
     from edge_agent.inference.onnx_backend import OnnxBackend
@@ -141,7 +165,10 @@ def _measure(model: ServedModel, rows: int) -> float:
 
 
 def _build_zeros(manifest: ModelManifest, rows: int) -> dict[str, Array]:
-    return {spec.name: np.zeros((rows, *spec.row_shape), spec.dtype) for spec in manifest.inputs}
+    return {
+        spec.name: np.full((rows, *spec.row_shape), "" if spec.dtype == "string" else 0, spec.numpy_dtype)
+        for spec in manifest.inputs
+    }
 
 
 def _check_names(what: str, found: Sequence[str], specs: tuple[TensorSpec, ...]) -> None:
@@ -151,7 +178,7 @@ def _check_names(what: str, found: Sequence[str], specs: tuple[TensorSpec, ...])
 
 def _check_output(array: Array, spec: TensorSpec, rows: int) -> None:
     expected = (rows, *spec.row_shape)
-    if array.shape != expected or array.dtype != np.dtype(spec.dtype):
+    if array.shape != expected or array.dtype != spec.numpy_dtype:
         raise StalledError(
             f"output {spec.name!r} has shape {array.shape} and {array.dtype}, its manifest says {expected} and {spec.dtype}"
         )

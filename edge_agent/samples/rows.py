@@ -22,7 +22,7 @@ from edge_agent.errors import RequestError, StalledError
 
 Row: TypeAlias = dict[str, Any] | list[int | float]
 
-_BLOCK_BYTES = 256 * 1024  # of one array of an npz file that is in memory at a time
+_BLOCK_BYTES = 64 * 1024  # of one array of an npz file that is in memory at a time
 _PARQUET_ROWS = 1024
 
 

@@ -17,7 +17,6 @@ from models.tensors.spec import DTYPES, TensorSpec
 Array: TypeAlias = npt.NDArray[Any]
 Sample: TypeAlias = tuple[Array, Array]
 
-SAMPLES_MAX = 100_000  # at 3 kB a sample (a 28 x 28 float image) 300 MB, what a small device can spare
 _BUSY_TIMEOUT_S = 10  # another process may be in the middle of a commit on slow flash
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS samples (
@@ -31,7 +30,7 @@ CREATE TABLE IF NOT EXISTS samples (
 class SampleStore:
     """Samples in one SQLite file; may be used from several threads."""
 
-    def __init__(self, connection: sqlite3.Connection, max_count: int) -> None:
+    def __init__(self, connection: sqlite3.Connection, max_count: int | None) -> None:
         self._connection = connection
         self._max_count = max_count
         self._lock = threading.Lock()
@@ -57,7 +56,7 @@ class SampleStore:
         try:
             with self._lock, self._connection:
                 self._connection.execute("BEGIN IMMEDIATE")
-                if self._count() + len(rows) > self._max_count:
+                if self._max_count is not None and self._count() + len(rows) > self._max_count:
                     raise RequestError(
                         f"the device keeps at most {self._max_count} samples (samples.max_count)", status=507
                     )
@@ -115,7 +114,7 @@ class SampleStore:
             yield x_dtype, y_dtype, rows
 
 
-def open_samples(path: Path, *, max_count: int = SAMPLES_MAX) -> SampleStore:
+def open_samples(path: Path, *, max_count: int | None = None) -> SampleStore:
     """Return the store at `path`, made if it is not there, readable by its owner only; `add` stops at `max_count`.
 
     Raises:

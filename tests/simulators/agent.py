@@ -12,6 +12,7 @@ import httpx
 
 from edge_agent.updates.slots import Slots
 from models.contract.manifest import MANIFEST_NAME
+from models.tensors.features import Feature
 from tests.simulators.tiny_models import save_version
 from tests.simulators.waiting import wait_until
 
@@ -99,10 +100,12 @@ class AgentProcess:
         return document
 
 
-def install_version(state_dir: Path, version: int = 1, *, trainable: bool = False) -> None:
+def install_version(
+    state_dir: Path, version: int = 1, *, trainable: bool = False, features: tuple[Feature, ...] = ()
+) -> None:
     """Put a tiny version into a slot, as an update does."""
     source = state_dir.parent / f"version-{version}"
-    manifest = save_version(source, version=version, trainable=trainable)
+    manifest = save_version(source, version=version, trainable=trainable, features=features)
     names = {entry.digest: name for name, entry in manifest.files.items()}
     slots = Slots(state_dir / "slots")
     slots.stage(

@@ -8,6 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from models.contract.encoding import build_digest
 from models.contract.manifest import MANIFEST_NAME, FileEntry, ModelManifest, TrainingContract, build_manifest
+from models.tensors.features import Feature
 from models.tensors.layout import Layout
 from models.tensors.spec import TensorSpec
 
@@ -38,7 +39,12 @@ def build_graph(scale: float, *, output: str = OUTPUT.name, columns: int = CLASS
 
 
 def save_version(
-    directory: Path, *, version: int = 1, graph: bytes | None = None, trainable: bool = False
+    directory: Path,
+    *,
+    version: int = 1,
+    graph: bytes | None = None,
+    trainable: bool = False,
+    features: tuple[Feature, ...] = (),
 ) -> ModelManifest:
     """Write a version that answers `version` times the sum of the features; return its manifest.
 
@@ -47,6 +53,7 @@ def save_version(
         version: Its number.
         graph: Another inference graph.
         trainable: Whether it claims to hold step graphs; they hold nothing that can be run.
+        features: How raw columns become the four features.
     """
     directory.mkdir(parents=True, exist_ok=True)
     data = build_graph(version).SerializeToString() if graph is None else graph
@@ -62,6 +69,7 @@ def save_version(
         inputs=(INPUT,),
         outputs=(OUTPUT,),
         labels=LABELS,
+        features=features,
         files={
             name: FileEntry(digest=build_digest(content), size_bytes=len(content)) for name, content in files.items()
         },
