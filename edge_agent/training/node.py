@@ -194,7 +194,7 @@ class _Node:
             return
         if not pulled.messages_list:
             return
-        self._heard_at = started = time.monotonic()
+        self._heard_at = time.monotonic()
         try:
             message = message_from_proto(pulled.messages_list[0])
             records = pulled.message_object_trees[0].children
@@ -202,7 +202,7 @@ class _Node:
             update = _apply(handle, message, contents)
             self._heard_at = time.monotonic()
             if update is not None:
-                self._reply(message, update, started)
+                self._reply(message, update)
         except (httpx.HTTPError, _LostRecordError) as error:
             _log.warning("the message stays unanswered: %s", _describe(error))
         self._heard_at = time.monotonic()
@@ -219,7 +219,7 @@ class _Node:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, RECORD_RETRY_MAX_S)
 
-    def _reply(self, message: Message, update: Vector, started: float) -> None:
+    def _reply(self, message: Message, update: Vector) -> None:
         reply, content = Message(RecordDict(), reply_to=message), _build_record(update).deflate()
         record = ObjectTree(object_id=get_object_id(content))
         head = message_to_proto(reply)
@@ -229,7 +229,7 @@ class _Node:
                 node=self._node,
                 messages_list=[head],
                 message_object_trees=[ObjectTree(object_id=reply.object_id, children=[record])],
-                clientapp_runtime_list=[time.monotonic() - started],
+                # No clientapp_runtime_list: how long training took says how many samples were drawn.
             )
         )
         if record.object_id not in pushed.objects_to_push:
