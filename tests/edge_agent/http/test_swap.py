@@ -35,6 +35,7 @@ def test_no_request_fails_and_every_answer_is_of_the_version_it_names(tmp_path: 
             agent_version="1",
             get_model=lambda: engine.active,
             add_samples=lambda samples: [],
+            build_inputs=lambda rows: {},
             get_status=dict,
             get_privacy=dict,
             get_metrics=str,
