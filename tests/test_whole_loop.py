@@ -15,6 +15,7 @@ from edge_agent.training.ledger import parse_ledger
 from fl_server.demo.federation import LocalDevice, LocalFederation
 from fl_server.demo.load import Client, LoadGenerator
 from models.definitions import digits
+from tests.simulators.waiting import wait_until
 
 DEVICES, ROUNDS = 3, 2
 DEFINITION = "models.definitions.digits:definition"
@@ -98,8 +99,14 @@ def finish(command: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def wait_for_an_update(federation: LocalFederation, *, round_number: int) -> None:
-    pattern = f"runs/*/rounds/{round_number:04}/updates/*"
-    federation.wait_until(lambda: any(federation.server_dir.glob(pattern)), f"an update of round {round_number}")
+    """Return within a round that has an update; a round so quick that it was missed has left its checkpoint."""
+    rounds = federation.server_dir.glob
+    round_dir = f"runs/*/rounds/{round_number:04}"
+    wait_until(
+        lambda: any(rounds(f"{round_dir}/updates/*")) or any(rounds(f"{round_dir}/checkpoint.json")),
+        f"an update of round {round_number}",
+        timeout_s=60,
+    )
 
 
 def kill_coordinator_and_restart(federation: LocalFederation) -> None:
