@@ -11,9 +11,10 @@ class Terminal(io.StringIO):
 
 
 def show(stream: io.StringIO) -> str:
-    now_s = 0.0
-    progress = Progress("rows", done=100, stream=stream, clock=lambda: now_s)
+    times_s = [0.0]
+    progress = Progress("rows", done=100, stream=stream, clock=lambda: times_s[-1])
     for now_s in (0.1, 1.0, 11.0, 12.0):
+        times_s.append(now_s)
         progress.add(11)
     progress.end()
     assert progress.done == 144
