@@ -55,10 +55,10 @@ class TfliteBackend:
 
     def run(self, inputs: Mapping[str, Array]) -> Sequence[Array]:
         try:
-            feeds = [(*self._inputs[name], array) for name, array in inputs.items()]
-            given = [
-                (index, array if array.dtype == dtype else _convert(array, dtype)) for index, dtype, array in feeds
-            ]
+            given = []
+            for name, array in inputs.items():
+                index, dtype = self._inputs[name]
+                given.append((index, array if array.dtype == dtype else _convert(array, dtype)))
             rows = len(given[0][1])
             with self._lock:
                 if self._is_free and rows != self._rows:
@@ -110,7 +110,7 @@ def _list_tensors(interpreter: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _convert(array: Array, dtype: np.dtype[Any]) -> Array:
     """Return int64 as the int32 that exports take; other differences are the interpreter's to refuse."""
-    if (array.dtype, dtype) != (np.int64, np.int32):
+    if array.dtype.name != "int64" or dtype.name != "int32":
         return array
     converted = array.astype(np.int32)
     if not np.array_equal(converted, array):
