@@ -1,43 +1,32 @@
-"""The local HTTP API of a device, as a raw ASGI application.
+"""The local API of a device: what is answered at which address.
 
-Inference runs on the event loop: for the small models of a device a hop to a thread would cost more than
-the run. Whatever touches samples or privacy answers on the Unix socket only, so that neither a web page
-nor another user of the machine can read or label somebody's data.
+What writes, and what tells of the device's owner, answers on the Unix socket, and over TCP only to the bearer of a
+token: neither a web page nor another user of the machine can read or label somebody's data.
 """
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from importlib import resources
+from typing import Any, Final, TypeAlias
+from urllib.parse import unquote
 
-import msgspec
+import httptools
 
-from edge_agent.errors import AgentError, RequestError
-from edge_agent.http import oip
-from edge_agent.http.oip import Array
-from edge_agent.http.samples import parse_rows, parse_samples
-from models.contract.manifest import ModelManifest
+from edge_agent.errors import RequestError
+from edge_agent.http import describe, oip
+from edge_agent.http.answers import PROMETHEUS, Answer, MethodError, answer_failure, answer_json
+from edge_agent.http.connection import Request
+from edge_agent.http.datatypes import Array
+from edge_agent.http.guard import Guard
+from edge_agent.http.inference import Inference
+from edge_agent.http.ports import Models
+from edge_agent.http.samples import parse_feedback, parse_rows, parse_samples
 
-Scope: TypeAlias = dict[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[dict[str, Any]]]
-Send: TypeAlias = Callable[[dict[str, Any]], Awaitable[None]]
+_ROUTES_MAX = 256  # addresses that need not be taken apart again
 
-BODY_MAX_BYTES = 4 * 1024 * 1024  # 1300 images of 28 x 28 as JSON
-BODY_TIMEOUT_S = 10.0  # for a whole body; over a loopback or Unix socket 4 MiB take milliseconds
-_JSON = b"application/json"
-_TEXT = b"text/plain; version=0.0.4; charset=utf-8"
-
-
-class Model(Protocol):
-    """A model version that answers."""
-
-    @property
-    def manifest(self) -> ModelManifest: ...
-
-    def infer(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]: ...
+_Handler: TypeAlias = Callable[[Request], Answer | Awaitable[Answer] | None]  # None: it is answered later
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +34,7 @@ class Device:
     """What the API asks of the agent.
 
     Attributes:
-        get_model: The active model; None before there is one.
+        models: What answers.
         add_samples: Keeps samples durably and returns their ids; may block.
         build_inputs: Returns raw rows as the model's inputs; may block.
         get_status: A document for the device's owner.
@@ -53,10 +42,12 @@ class Device:
         get_metrics: Prometheus text.
         record_latency: Told how long each answer took, s.
         record_failure: Told of each inference request that was refused.
+        add_feedback: Keeps the truth about an answered request durably and returns the samples' ids; may block.
+        remember: Told of each answered request, under an id that nobody can guess; None if nothing is kept.
     """
 
     agent_version: str
-    get_model: Callable[[], Model | None]
+    models: Models
     add_samples: Callable[[Sequence[tuple[Any, Any]]], list[int]]
     build_inputs: Callable[[Sequence[Any]], Mapping[str, Array]]
     get_status: Callable[[], object]
@@ -64,224 +55,210 @@ class Device:
     get_metrics: Callable[[], str]
     record_latency: Callable[[float], None]
     record_failure: Callable[[], None]
+    add_feedback: Callable[[str, object], list[int]]
+    remember: Callable[[str, Mapping[str, Array]], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    method: str
+    handler: _Handler
+    is_owners: bool = False
 
 
 class App:
-    """ASGI 3 application; one instance answers on TCP and on the Unix socket."""
+    """One instance answers on all sockets."""
 
-    def __init__(self, device: Device, *, uds_path: Path, host: str) -> None:
+    def __init__(self, device: Device, *, host: str, token: str | None = None) -> None:
         """Prepare the application.
 
         Args:
             device: What it shows to the outside.
-            uds_path: The Unix socket; what arrives elsewhere is not trusted.
             host: The configured address, accepted in `Host` beside the loopback's names.
+            token: What lets a caller over TCP do what the Unix socket allows; None for nothing.
         """
         self._device = device
-        self._uds = (str(uds_path), None)
-        self._hosts = frozenset({"localhost", "127.0.0.1", "[::1]", host, f"[{host}]"})
-        self._routes: dict[str, tuple[str, _Handler]] = {
-            "v2": ("GET", self._get_server),
-            "v2/health/live": ("GET", self._get_live),
-            "v2/health/ready": ("GET", self._get_ready),
-            "v1/samples": ("POST", self._post_samples),
-            "v1/rows": ("POST", self._post_rows),
-            "v1/status": ("GET", self._get_status),
-            "v1/privacy": ("GET", self._get_privacy),
-            "metrics": ("GET", self._get_metrics),
+        self._guard = Guard(host, token)
+        self._inference = Inference(
+            device.models, record_latency=device.record_latency, record_failure=device.record_failure
+        )
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._known: dict[bytes, _Route] = {}
+        self._is_draining = False
+        self._routes: Final = {
+            "v2": _Route("GET", self._get_server),
+            "v2/health/live": _Route("GET", self._get_live),
+            "v2/health/ready": _Route("GET", self._get_ready),
+            "v2/models/stats": _Route("GET", self._get_all_statistics),
+            "v2/repository/index": _Route("POST", self._post_index),
+            "v1/feedback": _Route("POST", self._post_feedback, is_owners=True),
+            "v1/samples": _Route("POST", self._post_samples, is_owners=True),
+            "v1/rows": _Route("POST", self._post_rows, is_owners=True),
+            "v1/status": _Route("GET", self._get_status, is_owners=True),
+            "v1/privacy": _Route("GET", self._get_privacy, is_owners=True),
+            "metrics": _Route("GET", self._get_metrics),
+            "openapi.json": _Route("GET", self._get_description),
         }
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def handle(self, request: Request) -> None:
+        """Answer `request`, now or later."""
         try:
-            answer = await self._answer(scope, receive)
-        except AgentError as error:
-            status = error.status if isinstance(error, RequestError) else 503
-            answer = _Answer(_build_json({"error": str(error)}), status=status, headers=_build_headers(error))
-        headers = [
-            (b"content-type", answer.content_type),
-            (b"content-length", b"%d" % len(answer.body)),
-            *answer.headers,
-        ]
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        await send({"type": "http.response.body", "body": answer.body})
+            answer = self._find_handler(request)(request)
+            if answer is None:
+                return
+            if isinstance(answer, Answer):
+                request.reply(answer)
+                return
+            task = asyncio.ensure_future(_answer_later(request, answer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this request's alone
+            request.reply(answer_failure(error))
 
-    async def _answer(self, scope: Scope, receive: Receive) -> "_Answer":
-        is_local = scope["server"] == self._uds
-        if not is_local:
-            self._check_sender(scope["headers"])
-        parts = scope["path"].split("/")[1:]
-        if parts[0] == "v1" and not is_local:
-            raise RequestError("/v1 answers on the Unix socket only", status=403)
-        method, handler = self._route(parts)
-        if scope["method"] != method:
-            raise _MethodError(scope["path"], scope["method"], method)
-        return await handler(_Body(scope["headers"], receive))
+    def drain(self) -> None:
+        """Be ready no more; what comes is still answered."""
+        self._is_draining = True
 
-    def _check_sender(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Refuse what a web page sends: it carries an Origin, or, after DNS rebinding, a foreign Host."""
-        host = ""
-        for name, value in headers:
-            if name == b"origin":
-                raise RequestError("requests of web pages (header Origin) are refused", status=403)
-            if name == b"host":
-                host = value.decode("latin-1")
-        if _strip_port(host) not in self._hosts:
-            raise RequestError(f"header Host: expected one of {', '.join(sorted(self._hosts))}", status=403)
+    def _find_handler(self, request: Request) -> _Handler:
+        if not request.is_local:
+            self._guard.check_sender(request.headers)
+        route = self._known.get(request.target)
+        if route is None:
+            path = _parse_path(request.target)
+            route = self._route(path)
+            if len(self._known) >= _ROUTES_MAX:
+                self._known.clear()
+            self._known[request.target] = route
+        if route.is_owners and not request.is_local:
+            self._guard.check_owner(request.headers)
+        method = "GET" if request.method == b"HEAD" else request.method.decode("ascii")
+        if method != route.method:
+            raise MethodError(_parse_path(request.target), method, route.method)
+        encoding = request.headers.get(b"content-encoding")
+        if encoding is not None and encoding.lower() != b"identity":
+            raise RequestError("expected a body without content-encoding", status=415)
+        return route.handler
 
-    def _route(self, parts: list[str]) -> tuple[str, "_Handler"]:
-        match parts:
-            case ["v2", "models", name, "versions", version, *rest]:
-                return self._route_model(name, version, rest)
-            case ["v2", "models", name, *rest]:
-                return self._route_model(name, None, rest)
-        if route := self._routes.get("/".join(parts)):
+    def _route(self, path: str) -> _Route:
+        if route := self._routes.get(path[1:]):
             return route
-        raise _build_not_found(parts)
+        models = self._device.models
+        match path.split("/")[1:]:
+            case ["v2", "models", name, "versions", version, *rest]:
+                return self._route_model(path, name, version, rest)
+            case ["v2", "models", name, *rest]:
+                return self._route_model(path, name, None, rest)
+            case ["v2", "repository", "models", name, "load"]:
+                return _Route("POST", partial(self._change_repository, models.load, name), is_owners=True)
+            case ["v2", "repository", "models", name, "unload"]:
+                return _Route("POST", partial(self._change_repository, models.unload, name), is_owners=True)
+            case ["v1", *_]:
+                return _Route("GET", partial(_refuse_path, path), is_owners=True)
+        raise _build_not_found(path)
 
-    def _route_model(self, name: str, version: str | None, rest: list[str]) -> tuple[str, "_Handler"]:
+    def _route_model(self, path: str, name: str, version: str | None, rest: list[str]) -> _Route:
         match rest:
             case ["infer"]:
-                return "POST", partial(self._infer, name, version)
+                return _Route("POST", partial(self._infer, name, version))
             case ["ready"]:
-                return "GET", partial(self._get_model_ready, name, version)
+                return _Route("GET", partial(self._get_model_ready, name, version))
+            case ["config"]:
+                return _Route("GET", partial(self._get_model_config, name, version))
+            case ["stats"]:
+                return _Route("GET", partial(self._get_model_statistics, name, version))
             case []:
-                return "GET", partial(self._get_model_metadata, name, version)
-        raise _build_not_found(["v2", "models", name, *rest])
+                return _Route("GET", partial(self._get_model_metadata, name, version))
+        raise _build_not_found(path)
 
-    async def _infer(self, name: str, version: str | None, body: "_Body") -> "_Answer":
-        try:
-            data = await body.read()
-            started_s = time.perf_counter()
-            model = self._find(name, version)  # one reference for the whole request: it may be swapped meanwhile
-            request = oip.parse_infer_request(data)
-            answer = oip.build_infer_response(model.manifest, request, model.infer(request.inputs))
-        except RequestError:
-            self._device.record_failure()
-            raise
-        self._device.record_latency(time.perf_counter() - started_s)
-        return _Answer(answer)
+    def _infer(self, name: str, version: str | None, request: Request) -> None:
+        self._inference.begin(request, name, version, self._device.remember)
 
-    async def _get_server(self, _body: "_Body") -> "_Answer":
-        return _Answer(oip.build_server_metadata(self._device.agent_version))
+    def _get_server(self, _request: Request) -> Answer:
+        return answer_json(describe.describe_server(self._device.agent_version))
 
-    async def _get_live(self, _body: "_Body") -> "_Answer":
-        return _Answer(_build_json({"live": True}))
+    def _get_live(self, _request: Request) -> Answer:
+        return answer_json({"live": True})
 
-    async def _get_ready(self, _body: "_Body") -> "_Answer":
-        is_ready = self._device.get_model() is not None
-        return _Answer(_build_json({"ready": is_ready}), status=200 if is_ready else 503)
+    def _get_ready(self, _request: Request) -> Answer:
+        is_ready = self._device.models.is_ready() and not self._is_draining
+        return answer_json({"ready": is_ready}, status=200 if is_ready else 503)
 
-    async def _get_model_ready(self, name: str, version: str | None, _body: "_Body") -> "_Answer":
-        return _Answer(_build_json({"name": self._find(name, version).manifest.model, "ready": True}))
+    def _get_model_ready(self, name: str, version: str | None, _request: Request) -> Answer:
+        self._device.models.select(name, version)
+        is_ready = not self._is_draining
+        return answer_json({"name": name, "ready": is_ready}, status=200 if is_ready else 503)
 
-    async def _get_model_metadata(self, name: str, version: str | None, _body: "_Body") -> "_Answer":
-        return _Answer(oip.build_model_metadata(self._find(name, version).manifest))
+    def _get_model_metadata(self, name: str, version: str | None, _request: Request) -> Answer:
+        manifest = self._device.models.select(name, version).manifest
+        versions = [model.version for model in self._device.models.list_models()]
+        return answer_json(describe.describe_model(manifest, versions))
 
-    async def _post_samples(self, body: "_Body") -> "_Answer":
-        samples = parse_samples(await body.read())
-        ids = await asyncio.to_thread(self._device.add_samples, samples)  # waits for the disk
-        return _Answer(_build_json({"ids": ids}))
+    def _get_model_config(self, name: str, version: str | None, _request: Request) -> Answer:
+        manifest = self._device.models.select(name, version).manifest
+        return answer_json(describe.describe_config(manifest, max_rows=oip.ROWS_MAX))
 
-    async def _post_rows(self, body: "_Body") -> "_Answer":
-        rows = parse_rows(await body.read())
-        return _Answer(oip.build_tensors(await asyncio.to_thread(self._device.build_inputs, rows)))
+    def _get_model_statistics(self, name: str, version: str | None, _request: Request) -> Answer:
+        chosen = self._device.models.select(name, version)
+        models = self._device.models.list_models() if version is None else [chosen]
+        return answer_json(describe.describe_statistics(models))
 
-    async def _get_status(self, _body: "_Body") -> "_Answer":
-        return _Answer(_build_json(self._device.get_status()))
+    def _get_all_statistics(self, _request: Request) -> Answer:
+        return answer_json(describe.describe_statistics(self._device.models.list_models()))
 
-    async def _get_privacy(self, _body: "_Body") -> "_Answer":
-        return _Answer(_build_json(await asyncio.to_thread(self._device.get_privacy)))
+    def _post_index(self, _request: Request) -> Answer:
+        models = self._device.models
+        return answer_json(describe.describe_repository(models.name, models.list_models()))
 
-    async def _get_metrics(self, _body: "_Body") -> "_Answer":
-        return _Answer(self._device.get_metrics().encode(), content_type=_TEXT)
+    async def _change_repository(self, change: Callable[[str], None], name: str, _request: Request) -> Answer:
+        await asyncio.to_thread(change, name)
+        return answer_json({})
 
-    def _find(self, name: str, version: str | None) -> Model:
-        model = self._device.get_model()
-        if model is None:
-            raise RequestError("this device has no model yet: it waits for its first release", status=503)
-        manifest = model.manifest
-        if name != manifest.model:
-            raise RequestError(f"model {name!r:.80} is not served here, {manifest.model!r} is", status=404)
-        if version not in (None, str(manifest.version)):
-            raise RequestError(f"version {version!r:.80} is not active, {manifest.version} is", status=404)
-        return model
+    async def _post_samples(self, request: Request) -> Answer:
+        samples = parse_samples(request.body)
+        return answer_json({"ids": await asyncio.to_thread(self._device.add_samples, samples)})  # waits for the disk
 
+    async def _post_feedback(self, request: Request) -> Answer:
+        request_id, target = parse_feedback(request.body)
+        return answer_json({"ids": await asyncio.to_thread(self._device.add_feedback, request_id, target)})
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    body: bytes
-    status: int = 200
-    content_type: bytes = _JSON
-    headers: tuple[tuple[bytes, bytes], ...] = ()
+    async def _post_rows(self, request: Request) -> Answer:
+        rows = parse_rows(request.body)
+        return Answer(oip.build_tensors(await asyncio.to_thread(self._device.build_inputs, rows)))
 
+    def _get_status(self, _request: Request) -> Answer:
+        return answer_json(self._device.get_status())
 
-class _Body:
-    """The body of one request, not read before it is wanted."""
+    async def _get_privacy(self, _request: Request) -> Answer:
+        return answer_json(await asyncio.to_thread(self._device.get_privacy))
 
-    def __init__(self, headers: Iterable[tuple[bytes, bytes]], receive: Receive) -> None:
-        self._headers = headers
-        self._receive = receive
+    def _get_metrics(self, _request: Request) -> Answer:
+        return Answer(self._device.get_metrics().encode(), content_type=PROMETHEUS)
 
-    async def read(self) -> bytes:
-        """Return the body.
-
-        Raises:
-            RequestError: Too long, too slow, compressed, or cut off.
-        """
-        for name, value in self._headers:
-            if name == b"content-encoding" and value != b"identity":
-                raise RequestError("expected a body without content-encoding", status=415)
-            if name == b"content-length" and int(value) > BODY_MAX_BYTES:
-                raise _build_too_long()
-        try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                return await self._read_all()
-        except TimeoutError as error:
-            raise RequestError(f"the body was not complete after {BODY_TIMEOUT_S:.0f} s", status=408) from error
-
-    async def _read_all(self) -> bytes:
-        chunks, size_bytes = [], 0
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise RequestError("the connection ended within the body")
-            chunks.append(message.get("body", b""))
-            size_bytes += len(chunks[-1])
-            if size_bytes > BODY_MAX_BYTES:
-                raise _build_too_long()
-            if not message.get("more_body", False):
-                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    def _get_description(self, _request: Request) -> Answer:
+        return Answer(resources.files("edge_agent.http").joinpath("openapi.json").read_bytes())
 
 
-_Handler: TypeAlias = Callable[[_Body], Awaitable[_Answer]]
+async def _answer_later(request: Request, answering: Awaitable[Answer]) -> None:
+    try:
+        request.reply(await answering)
+    except Exception as error:  # noqa: BLE001
+        request.reply(answer_failure(error))
 
 
-class _MethodError(RequestError):
-    def __init__(self, path: str, found: str, expected: str) -> None:
-        super().__init__(f"{path}: expected {expected}, got {found}", status=405)
-        self.expected = expected
+def _parse_path(target: bytes) -> str:
+    """Return the path of a request's target, unquoted."""
+    try:
+        path = target.partition(b"?")[0] if target.startswith(b"/") else httptools.parse_url(target).path
+    except httptools.HttpParserError:
+        path = None
+    if path is None:
+        raise RequestError(f"expected a path, got {target.decode('latin-1')!r:.200}")
+    return unquote(path.decode("latin-1"))
 
 
-def _build_headers(error: AgentError) -> tuple[tuple[bytes, bytes], ...]:
-    if isinstance(error, _MethodError):
-        return ((b"allow", error.expected.encode()),)
-    if isinstance(error, RequestError) and error.status == 408:
-        return ((b"connection", b"close"),)  # the rest of the body must not be taken for the next request
-    return ()
+def _refuse_path(path: str, _request: Request) -> Answer:
+    raise _build_not_found(path)
 
 
-def _build_not_found(parts: Iterable[str]) -> RequestError:
-    return RequestError(f"there is nothing at {'/' + '/'.join(parts)!r:.200}", status=404)
-
-
-def _build_too_long() -> RequestError:
-    return RequestError(f"expected a body of at most {BODY_MAX_BYTES} bytes", status=413)
-
-
-def _build_json(document: object) -> bytes:
-    return msgspec.json.encode(document)
-
-
-def _strip_port(host: str) -> str:
-    name, separator, port = host.rpartition(":")
-    return name.lower() if separator and port.isdecimal() else host.lower()
+def _build_not_found(path: str) -> RequestError:
+    return RequestError(f"there is nothing at {path!r:.200}", status=404)

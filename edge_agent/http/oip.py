@@ -1,70 +1,68 @@
-"""Open Inference Protocol v2 in JSON: requests to arrays and arrays to responses; pure.
+"""Open Inference Protocol v2: requests to arrays and arrays to responses, as JSON or binary; pure.
 
 https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md
 """
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from edge_agent.errors import RequestError
+from edge_agent.http.binary import BinaryPart, build_array, parse_array, split_body
+from edge_agent.http.datatypes import BF16, DATATYPE_OF, DTYPES, Array
+from edge_agent.http.json_tensors import DECODE_ERRORS, list_values, parse_data
 from models.contract.manifest import ModelManifest
-from models.tensors.spec import TensorSpec
 
-Array: TypeAlias = npt.NDArray[Any]
-
-SERVER_NAME = "edge-agent"
+TENSORS_MAX = 64
 AXES_MAX = 16  # NumPy 1 takes 32 axes; no model here has more than 5
-_PLATFORMS = {"onnx": "onnxruntime_onnx", "tflite": "litert_tflite"}
-_DATATYPES = {  # to DTYPES of models.tensors.spec
-    "FP32": "float32",
-    "FP64": "float64",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "INT32": "int32",
-    "INT64": "int64",
-    "BOOL": "bool",
-}
-_DTYPES = {datatype: np.dtype(dtype) for datatype, dtype in _DATATYPES.items()}
-_DATATYPE_OF = {dtype: datatype for datatype, dtype in _DTYPES.items()}
-_LIMITS = {
-    dtype: (float(np.finfo(dtype).min), float(np.finfo(dtype).max))
-    if dtype.kind == "f"
-    else (np.iinfo(dtype).min, np.iinfo(dtype).max)
-    for dtype in _DTYPES.values()
-    if dtype.kind != "b"
-}
-_ELEMENTS: dict[str, type] = {"f": list[float], "i": list[int], "u": list[int], "b": list[bool]}  # by NumPy's kind
+ROWS_MAX = 16_384  # what a row becomes is not bounded by what it was: answers may be many times as long as requests
+ID_MAX_CHARACTERS = 1024
+
+
+_NO_DATA = msgspec.Raw(b"")
+
+
+class _InputParameters(msgspec.Struct):
+    binary_data_size: int | None = None
 
 
 class _Input(msgspec.Struct):
     name: str
     shape: list[int]
     datatype: str
-    data: msgspec.Raw
+    data: msgspec.Raw = _NO_DATA
+    parameters: _InputParameters | None = None
+
+
+class _OutputParameters(msgspec.Struct):
+    binary_data: bool | None = None
 
 
 class _Output(msgspec.Struct):
     name: str
+    parameters: _OutputParameters | None = None
+
+
+class _RequestParameters(msgspec.Struct):
+    binary_data_output: bool = False
+    sequence_id: int | str = ""
 
 
 class _Request(msgspec.Struct):
     inputs: list[_Input]
     id: str = ""
     outputs: list[_Output] = []
+    parameters: _RequestParameters | None = None
 
 
-class _OutputTensor(msgspec.Struct):
+class _OutputTensor(msgspec.Struct, omit_defaults=True):
     name: str
     shape: tuple[int, ...]
     datatype: str
-    data: list[Any]
+    data: list[Any] | None = None
+    parameters: dict[str, int] | None = None
 
 
 class _Response(msgspec.Struct, omit_defaults=True):
@@ -72,60 +70,114 @@ class _Response(msgspec.Struct, omit_defaults=True):
     model_version: str
     outputs: list[_OutputTensor]
     id: str = ""
+    parameters: dict[str, str] | None = None
 
 
-_REQUEST_DECODER = msgspec.json.Decoder(_Request)
-_DATA_DECODERS: dict[str, msgspec.json.Decoder[list[Any]]] = {
-    kind: msgspec.json.Decoder(elements) for kind, elements in _ELEMENTS.items()
-}
+_DECODER = msgspec.json.Decoder(_Request)
 _ENCODER = msgspec.json.Encoder()
-_DECODE_ERRORS = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class InferRequest:
     """What a caller asked.
 
     Attributes:
         id: The caller's own, given back.
         inputs: By name.
-        outputs: Names of the outputs wanted; all of them if empty.
+        outputs: Names of the outputs wanted, and whether as binary data; all of them if empty.
+        is_binary: Whether outputs are, of which that is not said.
+        key: Requests of one key get the same version of the model.
     """
 
     id: str
     inputs: dict[str, Array]
-    outputs: tuple[str, ...]
+    outputs: dict[str, bool]
+    is_binary: bool = False
+    key: str = ""
 
 
-def parse_infer_request(body: bytes) -> InferRequest:
-    """Return the request in `body`; whether it fits a model is the engine's to say.
+@dataclass(slots=True)
+class InferResponse:
+    """The body of an answer.
+
+    Attributes:
+        body: JSON, and the binary part behind it.
+        json_bytes: How long the JSON is; None without a binary part.
+    """
+
+    body: bytes
+    json_bytes: int | None = None
+
+
+def parse_infer_request(body: bytes | bytearray, header: bytes | None = None) -> InferRequest:
+    """Return the request in `body`; whether it fits a model is the model's to say.
+
+    Args:
+        body: JSON, perhaps with binary tensors behind it.
+        header: `Inference-Header-Content-Length`, if the request has it.
 
     Raises:
-        RequestError: Not JSON, not an inference request, or data that are not what they are said to be.
+        RequestError: Not JSON, not an inference request, or data that are not what they are said to be; 413 for too
+            many rows.
     """
+    text, rest = split_body(body, header)
     try:
-        request = _REQUEST_DECODER.decode(body)
-    except _DECODE_ERRORS as error:
+        request = _DECODER.decode(text)
+    except DECODE_ERRORS as error:
         raise RequestError(
             f'expected {{"inputs": [{{"name", "shape", "datatype", "data"}}]}} as JSON in UTF-8: {error}'
         ) from error
-    inputs = {tensor.name: _parse_tensor(tensor) for tensor in request.inputs}
+    if len(request.inputs) > TENSORS_MAX or len(request.outputs) > TENSORS_MAX:
+        raise RequestError(f"expected at most {TENSORS_MAX} inputs and {TENSORS_MAX} outputs")
+    if len(request.id) > ID_MAX_CHARACTERS:
+        raise RequestError(f"id: expected at most {ID_MAX_CHARACTERS} characters, got {len(request.id)}")
+    binary = BinaryPart(rest)
+    inputs = {tensor.name: _parse_tensor(tensor, binary) for tensor in request.inputs}
+    binary.check_end()
     if len(inputs) != len(request.inputs):
         raise RequestError("expected each input once, got a name twice")
-    return InferRequest(request.id, inputs, tuple(output.name for output in request.outputs))
+    parameters = request.parameters
+    if parameters is None:
+        return InferRequest(request.id, inputs, _parse_outputs(request.outputs, is_binary=False), key=request.id)
+    is_binary = parameters.binary_data_output
+    key = str(parameters.sequence_id or request.id)
+    return InferRequest(request.id, inputs, _parse_outputs(request.outputs, is_binary=is_binary), is_binary, key)
 
 
-def build_infer_response(manifest: ModelManifest, request: InferRequest, outputs: Mapping[str, Array]) -> bytes:
-    """Return the answer to `request`; a value that JSON cannot say (NaN, infinity) is null.
+def build_infer_response(
+    manifest: ModelManifest, request: InferRequest, outputs: Mapping[str, Array], feedback_id: str = ""
+) -> InferResponse:
+    """Return the answer to `request`; a value that JSON cannot say (NaN, infinity) is null there.
+
+    Args:
+        manifest: Of the version that answered.
+        request: What was asked.
+        outputs: All of the model, by name.
+        feedback_id: The server's own id; it is the answer's, or a parameter beside the caller's.
 
     Raises:
-        RequestError: An output was asked for that the model does not have.
+        RequestError: An output was asked for that the model does not have, or FP16 as JSON.
     """
-    names = request.outputs or tuple(spec.name for spec in manifest.outputs)
-    if unknown := [name for name in names if name not in outputs]:
+    wanted = request.outputs
+    if not wanted:
+        wanted = {spec.name: request.is_binary for spec in manifest.outputs}
+    elif unknown := [name for name in wanted if name not in outputs]:
         raise RequestError(f"output {unknown[0]!r:.80}: expected one of {', '.join(map(repr, outputs))}")
-    tensors = [_build_tensor(name, outputs[name]) for name in names]
-    return _ENCODER.encode(_Response(manifest.model, str(manifest.version), tensors, request.id))
+    tensors, parts = [], []
+    for name, is_binary in wanted.items():
+        array = outputs[name]
+        if is_binary:
+            part = build_array(array)
+            parts.append(part)
+            said = {"binary_data_size": len(part)}
+            tensors.append(_OutputTensor(name, array.shape, DATATYPE_OF[array.dtype], None, said))
+        else:
+            tensors.append(_build_tensor(name, array))
+    response = _Response(manifest.model, str(manifest.version), tensors, request.id or feedback_id)
+    if feedback_id and request.id:
+        response.parameters = {"feedback_id": feedback_id}
+    text = _ENCODER.encode(response)
+    return InferResponse(b"".join((text, *parts)), len(text)) if parts else InferResponse(text)
 
 
 def build_tensors(inputs: Mapping[str, Array]) -> bytes:
@@ -133,74 +185,30 @@ def build_tensors(inputs: Mapping[str, Array]) -> bytes:
     return _ENCODER.encode({"inputs": [_build_tensor(name, array) for name, array in inputs.items()]})
 
 
-def build_server_metadata(version: str) -> bytes:
-    return _ENCODER.encode({"name": SERVER_NAME, "version": version, "extensions": []})
+def _parse_outputs(outputs: list[_Output], *, is_binary: bool) -> dict[str, bool]:
+    wanted = {}
+    for output in outputs:
+        said = output.parameters.binary_data if output.parameters else None
+        wanted[output.name] = is_binary if said is None else said
+    return wanted
 
 
-def build_model_metadata(manifest: ModelManifest) -> bytes:
-    """Return name, version and tensors of the model; its labels and the columns of its raw rows, if any, as parameters."""
-    document: dict[str, object] = {
-        "name": manifest.model,
-        "versions": [str(manifest.version)],
-        "platform": _PLATFORMS[manifest.runtime],
-        "inputs": _describe(manifest.inputs),
-        "outputs": _describe(manifest.outputs),
-    }
-    parameters = {"labels": manifest.labels, "columns": [feature.column for feature in manifest.features]}
-    if said := {name: values for name, values in parameters.items() if values}:
-        document["parameters"] = said
-    return _ENCODER.encode(document)
-
-
-def _parse_tensor(tensor: _Input) -> Array:
-    name = f"input {tensor.name!r:.80}"
-    dtype = _DTYPES.get(tensor.datatype)
-    if dtype is None:
-        raise RequestError(f"{name}: expected a datatype of {', '.join(_DATATYPES)}, got {tensor.datatype!r:.80}")
-    shape = tensor.shape
+def _parse_tensor(tensor: _Input, binary: BinaryPart) -> Array:
+    name, datatype, shape = tensor.name, tensor.datatype, tensor.shape
+    if datatype not in DTYPES and datatype != BF16:
+        expected = ", ".join((*DTYPES, BF16))
+        raise RequestError(f"input {name!r:.80}: expected a datatype of {expected}, got {datatype!r:.80}")
     if not 1 <= len(shape) <= AXES_MAX or min(shape) < 1:
-        raise RequestError(f"{name}: expected a shape of 1 to {AXES_MAX} lengths >= 1, got {shape!s:.80}")
-    try:
-        values = _parse_values(tensor.data, dtype.kind)
-    except _DECODE_ERRORS as error:
-        raise RequestError(f"{name}: data must be a list of {tensor.datatype} numbers: {error}") from error
-    if len(values) != math.prod(shape):
-        raise RequestError(f"{name}: shape {shape} has {math.prod(shape)} values, data has {len(values)}")
-    return _to_array(values, dtype, name).reshape(shape)
-
-
-def _parse_values(data: msgspec.Raw, kind: str) -> list[Any]:
-    """Return the values of a flat list, or of nested lists in row-major order."""
-    try:
-        return _DATA_DECODERS[kind].decode(data)
-    except msgspec.ValidationError:
-        values = msgspec.json.decode(data)
-        if not (isinstance(values, list) and values and isinstance(values[0], list)):
-            raise
-    while values and all(isinstance(value, list) for value in values):
-        values = list(chain.from_iterable(values))
-    return msgspec.convert(values, _ELEMENTS[kind])
-
-
-def _to_array(values: list[Any], dtype: np.dtype[Any], name: str) -> Array:
-    if dtype.kind == "b":
-        return np.array(values, dtype)
-    try:
-        wide = np.array(values, np.float64 if dtype.kind == "f" else np.int64)
-    except OverflowError as error:
-        raise RequestError(f"{name}: a value is beyond 64 bits") from error
-    least, largest = _LIMITS[dtype]
-    if wide.min() < least or wide.max() > largest:
-        raise RequestError(f"{name}: a value is beyond {_DATATYPE_OF[dtype]} [{least}, {largest}]")
-    return wide.astype(dtype)
+        raise RequestError(f"input {name!r:.80}: expected a shape of 1 to {AXES_MAX} lengths >= 1, got {shape!s:.80}")
+    if shape[0] > ROWS_MAX:
+        raise RequestError(f"input {name!r:.80}: expected at most {ROWS_MAX} rows, got {shape[0]}", status=413)
+    size_bytes = None if tensor.parameters is None else tensor.parameters.binary_data_size
+    if size_bytes is None and tensor.data:
+        return parse_data(tensor.data, datatype, shape, name)
+    if size_bytes is None or tensor.data:
+        raise RequestError(f"input {name!r:.80}: expected either data or the parameter binary_data_size")
+    return parse_array(binary.take(size_bytes, name), datatype, shape, name)
 
 
 def _build_tensor(name: str, array: Array) -> _OutputTensor:
-    return _OutputTensor(name, array.shape, _DATATYPE_OF[array.dtype], array.ravel().tolist())
-
-
-def _describe(specs: Iterable[TensorSpec]) -> list[dict[str, object]]:
-    return [
-        {"name": spec.name, "datatype": _DATATYPE_OF[np.dtype(spec.dtype)], "shape": [-1, *spec.row_shape]}
-        for spec in specs
-    ]
+    return _OutputTensor(name, array.shape, DATATYPE_OF[array.dtype], list_values(array, name))

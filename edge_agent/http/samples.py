@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 
 from edge_agent.errors import RequestError
-from edge_agent.http.oip import Array
+from edge_agent.http.datatypes import Array
 from models.tensors.spec import DTYPES
 
 
@@ -23,11 +23,17 @@ class _Rows(msgspec.Struct):
     rows: list[Any]
 
 
+class _Feedback(msgspec.Struct):
+    id: str
+    target: Any
+
+
 _DECODER = msgspec.json.Decoder(_Request)
 _ROWS_DECODER = msgspec.json.Decoder(_Rows)
+_FEEDBACK_DECODER = msgspec.json.Decoder(_Feedback)
 
 
-def parse_samples(body: bytes) -> list[tuple[Array | dict[str, Any], Array | str]]:
+def parse_samples(body: bytes | bytearray) -> list[tuple[Array | dict[str, Any], Array | str]]:
     """Return (x, y) of each sample, without a batch axis; an x by column, and a y that is a label, as they came.
 
     Raises:
@@ -46,7 +52,7 @@ def parse_samples(body: bytes) -> list[tuple[Array | dict[str, Any], Array | str
     ]
 
 
-def parse_rows(body: bytes) -> list[Any]:
+def parse_rows(body: bytes | bytearray) -> list[Any]:
     """Return raw rows, for the model's features to make inputs of; raises RequestError."""
     try:
         rows = _ROWS_DECODER.decode(body).rows
@@ -55,6 +61,15 @@ def parse_rows(body: bytes) -> list[Any]:
     if not rows:
         raise RequestError("expected at least one row")
     return rows
+
+
+def parse_feedback(body: bytes | bytearray) -> tuple[str, Any]:
+    """Return the id of an answered request and its truth, as it came; raises RequestError."""
+    try:
+        feedback = _FEEDBACK_DECODER.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise RequestError(f'expected {{"id", "target"}} as JSON in UTF-8: {error}') from error
+    return feedback.id, feedback.target
 
 
 def _to_array(value: Any, where: str) -> Array:

@@ -1,36 +1,35 @@
-"""Serves the local API with uvicorn: one loop, a TCP and a Unix socket that are bound before anything starts."""
+"""Listens on sockets that are bound before anything starts, and ends what takes too long."""
 
 import asyncio
 import contextlib
+import email.utils
 import logging
 import socket
 import stat
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import uvicorn
-
-from edge_agent.http.app import App
+from edge_agent.http.connection import Connection, Limits, Listener, Request
 from models.contract.settings import SettingsError
 
 log = logging.getLogger(__name__)
 
 UDS_MODE = 0o660  # the service's user, and the group whose members may hand in samples
-_CONNECTIONS_MAX = 512  # the next one is answered 503; one costs about 20 kB
 _BACKLOG = 128
-_KEEP_ALIVE_S = 75  # as nginx; integrators keep a pool of connections
-_DRAIN_TIMEOUT_S = 10  # systemd's 90 s, with room for the rest of the agent
+_SWEEP_S = 1.0
+_DRAIN_POLL_S = 0.02
 
 
-def bind_sockets(host: str, port: int, uds_path: Path) -> list[socket.socket]:
-    """Return a TCP and a Unix socket, bound.
+def bind_sockets(host: str, port: int, uds_path: Path | None) -> list[socket.socket]:
+    """Return a TCP socket and, if it has a path, a Unix socket, bound.
 
     Raises:
         SettingsError: An address is taken or cannot be had; the message names it.
     """
     tcp = _bind_tcp(host, port)
     try:
-        return [tcp, _bind_uds(uds_path)]
+        return [tcp] if uds_path is None else [tcp, _bind_uds(uds_path)]
     except BaseException:
         tcp.close()
         raise
@@ -39,49 +38,83 @@ def bind_sockets(host: str, port: int, uds_path: Path) -> list[socket.socket]:
 class HttpServer:
     """One server for all sockets; `serve` ends, drained, after `stop`."""
 
-    def __init__(self, app: App, sockets: Sequence[socket.socket]) -> None:
-        self._sockets = list(sockets)
-        self._server = _Server(
-            uvicorn.Config(
-                app,
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                backlog=_BACKLOG,
-                limit_concurrency=_CONNECTIONS_MAX,
-                timeout_keep_alive=_KEEP_ALIVE_S,
-                timeout_graceful_shutdown=_DRAIN_TIMEOUT_S,
-            )
-        )
+    def __init__(
+        self, handle: Callable[[Request], None], sockets: Sequence[socket.socket], limits: Limits | None = None
+    ) -> None:
+        """Prepare to answer.
+
+        Args:
+            handle: Answers a request, now or later; never raises.
+            sockets: Bound; what comes over a Unix socket is local.
+            limits: What callers may take.
+        """
+        self._limits = limits or Limits()
+        self._listeners = [
+            (each, Listener(handle=handle, limits=self._limits, is_local=each.family == socket.AF_UNIX))
+            for each in sockets
+        ]
+        self._listening = asyncio.Event()
+        self._stopped = asyncio.Event()
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._stopped.is_set()
 
     async def serve(self) -> None:
         """Answer until stopped; requests that have begun are answered first."""
-        await self._server.serve(self._sockets)
+        servers = [await _listen(bound, listener) for bound, listener in self._listeners]
+        sweeping = asyncio.create_task(self._sweep())
+        self._listening.set()
+        try:
+            await self._stopped.wait()
+        finally:
+            for server in servers:
+                server.close()
+            await self._drain()
+            sweeping.cancel()
 
     async def wait_listening(self) -> None:
-        """Return once both sockets take connections."""
-        await self._server.listening.wait()
+        """Return once all sockets take connections."""
+        await self._listening.wait()
 
     def stop(self) -> None:
-        self._server.should_exit = True
+        self._stopped.set()
+
+    async def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            date = b"date: %b\r\n" % email.utils.formatdate(time.time(), usegmt=True).encode()
+            for _, listener in self._listeners:
+                listener.date = date
+                for connection in tuple(listener.connections):
+                    connection.sweep(loop.time())
+            await asyncio.sleep(min(_SWEEP_S, self._limits.request_s / 4))
+
+    async def _drain(self) -> None:
+        listeners = [listener for _, listener in self._listeners]
+        for listener in listeners:
+            listener.is_draining = True
+            for connection in tuple(listener.connections):
+                connection.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.drain_s):
+                while any(listener.connections for listener in listeners):  # noqa: ASYNC110 - seconds, once in a life
+                    await asyncio.sleep(_DRAIN_POLL_S)
+        for listener in listeners:
+            for connection in tuple(listener.connections):
+                connection.abort()
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listening = asyncio.Event()
+async def _listen(bound: socket.socket, listener: Listener) -> asyncio.Server:
+    loop = asyncio.get_running_loop()
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.listening.set()
+    def connect() -> Connection:
+        return Connection(listener, loop)
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield  # signals are the agent's, which has more to end than this server
+    if listener.is_local:
+        return await loop.create_unix_server(connect, sock=bound, backlog=_BACKLOG)
+    return await loop.create_server(connect, sock=bound, backlog=_BACKLOG)
 
 
 def _bind_tcp(host: str, port: int) -> socket.socket:

@@ -33,7 +33,7 @@ def test_no_request_fails_and_every_answer_is_of_the_version_it_names(tmp_path: 
         engine, port = Engine("tiny"), find_free_port()
         device = Device(
             agent_version="1",
-            get_model=lambda: engine.active,
+            models=engine,
             add_samples=lambda samples: [],
             build_inputs=lambda rows: {},
             get_status=dict,
@@ -41,11 +41,12 @@ def test_no_request_fails_and_every_answer_is_of_the_version_it_names(tmp_path: 
             get_metrics=str,
             record_latency=lambda seconds: None,
             record_failure=lambda: None,
+            add_feedback=lambda request_id, target: [],
         )
         manifests = [save_version(tmp_path / str(version), version=version) for version in (1, 2)]
         engine.activate(load_model(tmp_path / "1", manifests[0]))
         sockets = bind_sockets("127.0.0.1", port, tmp_path / "s")
-        server = HttpServer(App(device, uds_path=tmp_path / "s", host="127.0.0.1"), sockets)
+        server = HttpServer(App(device, host="127.0.0.1").handle, sockets)
         serving = asyncio.create_task(server.serve())
         await server.wait_listening()
         seen: list[tuple[int, float]] = []
