@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from edge_agent.http.connection import Limits
@@ -137,6 +138,80 @@ def test_foreign_host_as_after_dns_rebinding_is_refused(agent: AgentProcess, hos
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:8080", "[::1]:80", "[::1]"])
 def test_own_names_are_welcome(agent: AgentProcess, host: str) -> None:
     assert httpx.post(agent.url + INFER, json=GOOD, headers={"Host": host}).is_success
+
+
+def test_configuration_statistics_and_index_are_as_tritons(agent: AgentProcess) -> None:
+    config = httpx.get(f"{agent.url}/v2/models/{MODEL}/config").json()
+    assert config["input"] == [{"name": "features", "data_type": "TYPE_FP32", "dims": [FEATURES]}]
+    assert config["max_batch_size"] == BODY_MAX_BYTES // 16
+    (before,) = httpx.get(f"{agent.url}/v2/models/stats").json()["model_stats"]
+    assert httpx.post(agent.url + INFER, json=GOOD).is_success
+    assert not httpx.post(agent.url + INFER, json={}).is_success
+    for path in ("", "/versions/2"):
+        (after,) = httpx.get(f"{agent.url}/v2/models/{MODEL}{path}/stats").json()["model_stats"]
+        assert (after["name"], after["version"]) == (MODEL, "2")
+        for outcome in ("success", "fail"):
+            counts = [document["inference_stats"][outcome]["count"] for document in (before, after)]
+            assert counts[1] == counts[0] + 1
+    index = httpx.post(f"{agent.url}/v2/repository/index").json()
+    assert index == [{"name": MODEL, "version": "2", "state": "READY", "reason": ""}]
+    assert "binary_tensor_data" in httpx.get(f"{agent.url}/v2").json()["extensions"]
+
+
+def test_loading_is_off_unless_configured(agent: AgentProcess) -> None:
+    for change in ("load", "unload"):
+        assert_refused(agent.ask("POST", f"/v2/repository/models/{MODEL}/{change}"), 403, "repository = true")
+
+
+def test_unloading_and_loading_a_model_where_the_owner_allows_it(tmp_path: Path) -> None:
+    device = AgentProcess(tmp_path, extra="[serving]\nrepository = true\n")
+    device.state_dir.mkdir()
+    install_version(device.state_dir, 2)
+    with device:
+        assert device.ask("POST", f"/v2/repository/models/{MODEL}/unload").is_success
+        assert httpx.get(device.url + "/v2/health/ready").status_code == 503
+        assert httpx.post(f"{device.url}/v2/repository/index").json()[0]["state"] == "UNAVAILABLE"
+        assert_refused(httpx.post(device.url + INFER, json=GOOD), 503)
+        assert device.ask("POST", f"/v2/repository/models/{MODEL}/load").is_success
+        assert httpx.post(device.url + INFER, json=GOOD).is_success
+
+
+def test_binary_tensors_beside_json(agent: AgentProcess) -> None:
+    values = np.arange(2 * FEATURES, dtype="<f4").reshape(2, FEATURES)
+    asked = {
+        "id": "b1",
+        "inputs": [{"name": "features", "shape": [2, 4], "datatype": "FP32", "parameters": {"binary_data_size": 32}}],
+        "parameters": {"binary_data_output": True},
+    }
+    text = json.dumps(asked).encode()
+    headers = {"Inference-Header-Content-Length": str(len(text))}
+    answer = httpx.post(agent.url + INFER, content=text + values.tobytes(), headers=headers)
+    json_bytes = int(answer.headers["inference-header-content-length"])
+    (output,) = json.loads(answer.content[:json_bytes])["outputs"]
+    assert output == {
+        "name": "logits",
+        "shape": [2, 3],
+        "datatype": "FP32",
+        "parameters": {"binary_data_size": 24},
+    }
+    logits = np.frombuffer(answer.content[json_bytes:], "<f4").reshape(2, 3)
+    np.testing.assert_array_equal(logits, np.repeat(2 * values.sum(1, keepdims=True), 3, 1))
+    assert_refused(httpx.post(agent.url + INFER, content=text, headers=headers), 400, "0 bytes left")
+
+
+def test_feedback_joins_the_request_that_the_server_named(tmp_path: Path) -> None:
+    device = AgentProcess(tmp_path, extra="[samples]\nconsent = true\n")
+    device.state_dir.mkdir()
+    install_version(device.state_dir, 2, trainable=True)
+    with device:
+        named = httpx.post(device.url + INFER, json=GOOD).json()["id"]
+        own = httpx.post(device.url + INFER, json={**GOOD, "id": "mine"}).json()
+        assert own["id"] == "mine"
+        for request_id in (named, own["parameters"]["feedback_id"]):
+            told = device.ask("POST", "/v1/feedback", json={"id": request_id, "target": 1})
+            assert len(told.json()["ids"]) == 1
+        assert_refused(device.ask("POST", "/v1/feedback", json={"id": "mine", "target": 1}), 404)
+        assert_refused(device.ask("POST", "/v1/feedback", json={"id": 1}), 400, "expected {")
 
 
 def test_samples_go_in_over_the_unix_socket_and_are_counted(agent: AgentProcess) -> None:

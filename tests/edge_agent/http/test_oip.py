@@ -46,6 +46,10 @@ def test_flat_and_nested_data_are_the_same(data: list) -> None:
         ("UINT8", [0, 255], np.uint8),
         ("INT32", [-(2**31), 2**31 - 1], np.int32),
         ("INT64", [-(2**63), 2**63 - 1], np.int64),
+        ("INT16", [-(2**15), 2**15 - 1], np.int16),
+        ("UINT16", [0, 2**16 - 1], np.uint16),
+        ("UINT32", [0, 2**32 - 1], np.uint32),
+        ("UINT64", [0, 2**64 - 1], np.uint64),
         ("BOOL", [True, False], np.bool_),
     ],
 )

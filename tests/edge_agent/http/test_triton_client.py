@@ -1,0 +1,65 @@
+"""NVIDIA's tritonclient, unchanged, against a real `edge-agent serve`."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.tensors.spec import DTYPES
+from tests.simulators.echo_model import save_echo_version
+from tests.simulators.serve import serving_version
+from tests.simulators.triton.environment import prepare_python
+
+PROGRAM_PATH = Path(__file__).parents[2] / "simulators" / "triton" / "program.py"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("triton")
+    save_echo_version(directory / "echo")
+    python = prepare_python()
+    with serving_version(directory / "echo", directory / "log") as (address, _):
+        asked = subprocess.run(
+            [python, PROGRAM_PATH, "http", address], capture_output=True, text=True, timeout=60, check=False
+        )
+    assert asked.returncode == 0, asked.stderr
+    document: dict[str, Any] = json.loads(asked.stdout)
+    return document
+
+
+def test_health_and_metadata(found: dict[str, Any]) -> None:
+    assert (found["live"], found["ready"], found["model_ready"]) == (True, True, [True, True, False])
+    assert found["server"]["name"] == "edge-agent"
+    assert "binary_tensor_data" in found["server"]["extensions"]
+    metadata = found["metadata"]
+    assert (metadata["name"], metadata["versions"], metadata["platform"]) == ("echo", ["1"], "onnxruntime_onnx")
+    assert [tensor["name"] for tensor in metadata["inputs"]] == [f"{dtype}_in" for dtype in DTYPES]
+    assert {tensor["datatype"] for tensor in metadata["outputs"]} >= {"FP16", "BYTES", "UINT64", "BOOL"}
+    assert found["config"]["max_batch_size"] > 0
+    assert found["config"]["input"][0] == {"name": "float32_in", "data_type": "TYPE_FP32", "dims": [2]}
+
+
+@pytest.mark.parametrize("way", ["binary", "json", "mixed", "all"])
+def test_every_dtype_comes_back_as_it_went(found: dict[str, Any], way: str) -> None:
+    assert found[way] == {"wrong": [], "id": "7" if way == "binary" else "", "version": "1"}
+
+
+def test_refusals_say_what_was_expected(found: dict[str, Any]) -> None:
+    wrong_inputs, unknown, load, unload = found["refused"]
+    assert wrong_inputs[0] == "400"
+    assert "expected inputs 'bool_in'" in wrong_inputs[1]
+    assert "'other' is not served here" in unknown[1]
+    assert [load[0], unload[0]] == ["403", "403"]
+
+
+def test_statistics_and_repository_index(found: dict[str, Any]) -> None:
+    for each in ("statistics", "all_statistics"):
+        (model,) = found[each]["model_stats"]
+        assert (model["name"], model["version"], model["inference_count"]) == ("echo", "1", 12)
+        stats = model["inference_stats"]
+        assert (stats["success"]["count"], stats["fail"]["count"]) == (4, 1)
+        assert stats["success"]["ns"] > stats["compute_infer"]["ns"] > 0
+        assert model["last_inference"] > 1_600_000_000_000
+    assert found["index"] == [{"name": "echo", "version": "1", "state": "READY", "reason": ""}]
