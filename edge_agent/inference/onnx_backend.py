@@ -33,6 +33,8 @@ class OnnxBackend:
             self._session = ort.InferenceSession(graph, _build_options(), providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no base of their own
             raise StalledError(f"{path}: onnxruntime refuses the graph: {_one_line(error)}") from error
+        # Without the checks of `InferenceSession.run`, which the engine has made: 3.8 of 26.6 us (digits CNN, batch 1).
+        self._run = self._session._sess.run  # noqa: SLF001
         self._inputs = [tensor.name for tensor in self._session.get_inputs()]
         self._outputs = [tensor.name for tensor in self._session.get_outputs()]
 
@@ -46,7 +48,7 @@ class OnnxBackend:
 
     def run(self, inputs: Mapping[str, Array]) -> Sequence[Array]:
         try:
-            outputs: Sequence[Array] = self._session.run(self._outputs, inputs)
+            outputs: Sequence[Array] = self._run(self._outputs, inputs, None)
         except Exception as error:
             raise RequestError(f"the model cannot run on these inputs: {_one_line(error)}") from error
         return outputs

@@ -92,7 +92,8 @@ class Shadow:
     def _compare(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
         found = self._found
         try:
-            rows, agreeing, difference = compare_outputs(outputs, self._challenger.infer(inputs))
+            self._challenger.check(inputs)
+            rows, agreeing, difference = compare_outputs(outputs, self._challenger.run(inputs))
         except AgentError as error:
             if found.failures == 0:
                 log.warning("the challenger failed where the champion answered: %s", error)

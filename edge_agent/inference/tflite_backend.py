@@ -42,7 +42,14 @@ class TfliteBackend:
         self._inputs = {name: (details["index"], np.dtype(details["dtype"])) for name, details in inputs.items()}
         self._outputs = {name: details["index"] for name, details in outputs.items()}
         self._is_free = all(details["shape_signature"][:1].tolist() == [-1] for details in inputs.values())
-        self._rows = 0  # that a graph with a free batch has room for
+        self._rows = 0 if self._is_free else 1  # that the graph has room for
+        # What the interpreter's methods come down to, without their checks for views of tensors, which are never
+        # taken here: a tenth of the time of a small graph.
+        self._inner = self._interpreter._interpreter  # noqa: SLF001
+        self._set, self._invoke, self._get = self._inner.SetTensor, self._inner.Invoke, self._inner.GetTensor
+        self._only_input = next(iter(self._inputs)) if len(inputs) == len(outputs) == 1 else None
+        self._index, self._dtype = next(iter(self._inputs.values()))
+        self._output_index = next(iter(self._outputs.values()))
         self._lock = threading.Lock()
 
     @property
@@ -55,34 +62,36 @@ class TfliteBackend:
 
     def run(self, inputs: Mapping[str, Array]) -> Sequence[Array]:
         try:
-            given = []
-            for name, array in inputs.items():
-                index, dtype = self._inputs[name]
-                given.append((index, array if array.dtype == dtype else _convert(array, dtype)))
-            rows = len(given[0][1])
+            array = next(iter(inputs.values())) if self._only_input is None else inputs[self._only_input]
             with self._lock:
-                if self._is_free and rows != self._rows:
-                    self._resize(given, rows)
-                if self._is_free or rows == 1:
-                    return self._invoke(given)
-                parts = [self._invoke([(index, array[row : row + 1]) for index, array in given]) for row in range(rows)]
-            return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+                if len(array) != self._rows:
+                    return self._run_rows(inputs, len(array))
+                if self._only_input is None or array.dtype is not self._dtype:
+                    return self._run_once(inputs)
+                self._set(self._index, array)
+                self._invoke()
+                return (self._get(self._output_index, 0),)
         except Exception as error:
             raise RequestError(f"the model cannot run on these inputs: {_one_line(error)}") from error
 
-    def _invoke(self, given: list[tuple[int, Array]]) -> list[Array]:
-        interpreter = self._interpreter
-        for index, array in given:
-            interpreter.set_tensor(index, array)
-        interpreter.invoke()
-        return [interpreter.get_tensor(index) for index in self._outputs.values()]
+    def _run_once(self, inputs: Mapping[str, Array]) -> list[Array]:
+        for name, array in inputs.items():
+            index, dtype = self._inputs[name]
+            self._set(index, array if array.dtype == dtype else _convert(array, dtype))
+        self._invoke()
+        return [self._get(index, 0) for index in self._outputs.values()]
 
-    def _resize(self, given: list[tuple[int, Array]], rows: int) -> None:
-        self._rows = 0  # should it fail half way, the next run begins anew
-        for index, array in given:
-            self._interpreter.resize_tensor_input(index, array.shape, strict=True)
-        self._interpreter.allocate_tensors()
-        self._rows = rows
+    def _run_rows(self, inputs: Mapping[str, Array], rows: int) -> list[Array]:
+        """Run on another number of rows than the graph has room for."""
+        if self._is_free:
+            self._rows = 0  # should it fail half way, the next run begins anew
+            for name, array in inputs.items():
+                self._inner.ResizeInputTensor(self._inputs[name][0], np.array(array.shape, np.int32), True)
+            self._inner.AllocateTensors()
+            self._rows = rows
+            return self._run_once(inputs)
+        parts = [self._run_once({name: array[row : row + 1] for name, array in inputs.items()}) for row in range(rows)]
+        return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 
 def _open_interpreter(graph: bytes) -> Any:

@@ -26,7 +26,8 @@ def load(tmp_path: Path, version: int) -> ServedModel:
 
 
 def build_pair(tmp_path: Path, *, weight: float = 0.0, shadow: bool = False) -> Engine:
-    engine = Engine("tiny", rivalry=Rivalry(model=load(tmp_path, 2), weight=weight, shadow=shadow))
+    engine = Engine("tiny")
+    engine.challenge(Rivalry(model=load(tmp_path, 2), weight=weight, shadow=shadow))
     engine.activate(load(tmp_path, 1))
     return engine
 
@@ -82,7 +83,8 @@ def test_whole_weights_leave_nothing_to_chance(tmp_path: Path, weight: float, ve
 
 def test_challenger_of_other_tensors_or_the_same_version_is_left_out(tmp_path: Path) -> None:
     rival = load(tmp_path, 2)
-    engine = Engine("tiny", rivalry=Rivalry(model=rival, weight=1.0))
+    engine = Engine("tiny")
+    engine.challenge(Rivalry(model=rival, weight=1.0))
     engine.activate(load(tmp_path / "other", 2))
     assert len(engine.list_models()) == 1
     champion = load(tmp_path, 1)
@@ -150,6 +152,7 @@ def test_statistics_count_requests_rows_failures_and_runs(tmp_path: Path) -> Non
     model = load(tmp_path, 1)
     assert model.statistics.snapshot().executions == 0  # its warm-up is nobody's request
     model.infer({"features": ROW})
+    model.run({"features": ROW})
     model.statistics.record(3, 0.5)
     model.statistics.record_failure(0.25)
     found = model.statistics.snapshot()
