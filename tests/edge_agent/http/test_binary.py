@@ -46,9 +46,10 @@ def test_strings_come_through(texts: list[str]) -> None:
 @given(st.binary(max_size=60), st.sampled_from(list(DTYPES)), st.lists(st.integers(1, 4), min_size=1, max_size=3))
 def test_bytes_that_are_no_tensor_end_in_nothing_but_a_sentence(data: bytes, datatype: str, shape: list[int]) -> None:
     try:
-        assert parse_array(memoryview(data), datatype, shape, "x").shape == tuple(shape)
-    except RequestError as error:
-        assert error.status == 400
+        array = parse_array(memoryview(data), datatype, shape, "x")
+    except RequestError:
+        return
+    assert array.shape == tuple(shape)
 
 
 def test_numbers_that_lie_well_are_not_copied() -> None:
@@ -85,7 +86,7 @@ def sized(size: object, **changes: object) -> dict:
         (body(sized(-1), rest=bytes(8)), "must be >= 0, is -1"),
         (body(sized("8"), rest=bytes(8)), "Expected `int | null`, got `str`"),
         (body(sized(4), rest=bytes(4)), r"FP32 of shape \[1, 2\] has 8 bytes, binary_data_size is 4"),
-        (body(sized(8, shape=[2**62] * 8), rest=bytes(8)), "binary_data_size is 8"),
+        (body(sized(8, shape=[1, *[2**62] * 8]), rest=bytes(8)), "binary_data_size is 8"),
         (body({**FP32, "data": [1, 2]}, rest=bytes(8)), "either data or the parameter"),
         (body(sized(None)), "either data or the parameter"),
         (body(sized(2, datatype="BOOL"), rest=b"\x01\x02"), "bytes 0 and 1 as BOOL"),
