@@ -50,7 +50,11 @@ class Inference:
         started_s = time.perf_counter()
         model: Model | None = None
         try:
-            asked = self._parse(request, name, version)
+            try:
+                asked = oip.parse_infer_request(request.body, request.headers.get(_LENGTH_HEADER))
+            except AgentError:
+                model = self._models.select(name, version)  # that it is not here is the better reason
+                raise
             key = request.headers.get(b"edge-key")
             # Held for the whole request: it may be swapped meanwhile.
             model = self._models.select(name, version, key=asked.key if key is None else key.decode("latin-1"))
@@ -60,13 +64,6 @@ class Inference:
             self._batcher.add(Job(model, asked.inputs, rows, started_s, finish))
         except AgentError:
             self._count_failure(model, started_s)
-            raise
-
-    def _parse(self, request: Request, name: str, version: str | None) -> oip.InferRequest:
-        try:
-            return oip.parse_infer_request(request.body, request.headers.get(_LENGTH_HEADER))
-        except AgentError:
-            self._models.select(name, version)  # that it is not here is the better reason
             raise
 
     def _finish(

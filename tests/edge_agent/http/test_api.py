@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edge_agent.http.connection import Limits
+from edge_agent.http.oip import ROWS_MAX
 from tests.simulators.agent import MODEL, AgentProcess, install_version
 from tests.simulators.tiny_models import FEATURES
 
@@ -143,7 +144,7 @@ def test_own_names_are_welcome(agent: AgentProcess, host: str) -> None:
 def test_configuration_statistics_and_index_are_as_tritons(agent: AgentProcess) -> None:
     config = httpx.get(f"{agent.url}/v2/models/{MODEL}/config").json()
     assert config["input"] == [{"name": "features", "data_type": "TYPE_FP32", "dims": [FEATURES]}]
-    assert config["max_batch_size"] == BODY_MAX_BYTES // 16
+    assert config["max_batch_size"] == ROWS_MAX
     (before,) = httpx.get(f"{agent.url}/v2/models/stats").json()["model_stats"]
     assert httpx.post(agent.url + INFER, json=GOOD).is_success
     assert not httpx.post(agent.url + INFER, json={}).is_success
