@@ -3,6 +3,7 @@
 https://github.com/kserve/open-inference-protocol/blob/main/specification/protocol/inference_rest.md
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ TENSORS_MAX = 64
 AXES_MAX = 16  # NumPy 1 takes 32 axes; no model here has more than 5
 ROWS_MAX = 16_384  # what a row becomes is not bounded by what it was: answers may be many times as long as requests
 ID_MAX_CHARACTERS = 1024
+_KNOWN_MAX_BYTES = 2048
 
 
 _NO_DATA = msgspec.Raw(b"")
@@ -34,6 +36,11 @@ class _Input(msgspec.Struct):
     datatype: str
     data: msgspec.Raw = _NO_DATA
     parameters: _InputParameters | None = None
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Of the binary data; None for data in JSON."""
+        return None if self.parameters is None else self.parameters.binary_data_size
 
 
 class _OutputParameters(msgspec.Struct):
@@ -109,6 +116,17 @@ class InferResponse:
     json_bytes: int | None = None
 
 
+@dataclass(slots=True)
+class _Head:
+    """The JSON of a request, checked, but for the values of its tensors."""
+
+    id: str
+    key: str
+    is_binary: bool
+    outputs: dict[str, bool]
+    inputs: tuple[_Input, ...]
+
+
 def parse_infer_request(body: bytes | bytearray, header: bytes | None = None) -> InferRequest:
     """Return the request in `body`; whether it fits a model is the model's to say.
 
@@ -121,27 +139,12 @@ def parse_infer_request(body: bytes | bytearray, header: bytes | None = None) ->
             many rows.
     """
     text, rest = split_body(body, header)
-    try:
-        request = _DECODER.decode(text)
-    except DECODE_ERRORS as error:
-        raise RequestError(
-            f'expected {{"inputs": [{{"name", "shape", "datatype", "data"}}]}} as JSON in UTF-8: {error}'
-        ) from error
-    if len(request.inputs) > TENSORS_MAX or len(request.outputs) > TENSORS_MAX:
-        raise RequestError(f"expected at most {TENSORS_MAX} inputs and {TENSORS_MAX} outputs")
-    if len(request.id) > ID_MAX_CHARACTERS:
-        raise RequestError(f"id: expected at most {ID_MAX_CHARACTERS} characters, got {len(request.id)}")
+    is_short = header is not None and len(text) <= _KNOWN_MAX_BYTES
+    head = _parse_known_head(bytes(text)) if is_short else _parse_head(text)
     binary = BinaryPart(rest)
-    inputs = {tensor.name: _parse_tensor(tensor, binary) for tensor in request.inputs}
+    inputs = {tensor.name: _parse_values(tensor, binary) for tensor in head.inputs}
     binary.check_end()
-    if len(inputs) != len(request.inputs):
-        raise RequestError("expected each input once, got a name twice")
-    parameters = request.parameters
-    if parameters is None:
-        return InferRequest(request.id, inputs, _parse_outputs(request.outputs, is_binary=False), key=request.id)
-    is_binary = parameters.binary_data_output
-    key = str(parameters.sequence_id or request.id)
-    return InferRequest(request.id, inputs, _parse_outputs(request.outputs, is_binary=is_binary), is_binary, key)
+    return InferRequest(head.id, inputs, head.outputs, head.is_binary, head.key)
 
 
 def build_infer_response(
@@ -185,15 +188,37 @@ def build_tensors(inputs: Mapping[str, Array]) -> bytes:
     return _ENCODER.encode({"inputs": [_build_tensor(name, array) for name, array in inputs.items()]})
 
 
-def _parse_outputs(outputs: list[_Output], *, is_binary: bool) -> dict[str, bool]:
-    wanted = {}
-    for output in outputs:
-        said = output.parameters.binary_data if output.parameters else None
-        wanted[output.name] = is_binary if said is None else said
-    return wanted
+def _parse_head(text: bytes | bytearray | memoryview) -> _Head:
+    try:
+        request = _DECODER.decode(text)
+    except DECODE_ERRORS as error:
+        raise RequestError(
+            f'expected {{"inputs": [{{"name", "shape", "datatype", "data"}}]}} as JSON in UTF-8: {error}'
+        ) from error
+    if len(request.inputs) > TENSORS_MAX or len(request.outputs) > TENSORS_MAX:
+        raise RequestError(f"expected at most {TENSORS_MAX} inputs and {TENSORS_MAX} outputs")
+    if len(request.id) > ID_MAX_CHARACTERS:
+        raise RequestError(f"id: expected at most {ID_MAX_CHARACTERS} characters, got {len(request.id)}")
+    for tensor in request.inputs:
+        _check_input(tensor)
+    if len({tensor.name for tensor in request.inputs}) != len(request.inputs):
+        raise RequestError("expected each input once, got a name twice")
+    said = request.parameters or _RequestParameters()
+    outputs = {output.name: _is_binary(output, default=said.binary_data_output) for output in request.outputs}
+    key = str(said.sequence_id or request.id)
+    return _Head(request.id, key, said.binary_data_output, outputs, tuple(request.inputs))
 
 
-def _parse_tensor(tensor: _Input, binary: BinaryPart) -> Array:
+# Binary tensors come behind the same few words again and again.
+_parse_known_head = functools.lru_cache(maxsize=64)(_parse_head)
+
+
+def _is_binary(output: _Output, *, default: bool) -> bool:
+    said = None if output.parameters is None else output.parameters.binary_data
+    return default if said is None else said
+
+
+def _check_input(tensor: _Input) -> None:
     name, datatype, shape = tensor.name, tensor.datatype, tensor.shape
     if datatype not in DTYPES and datatype != BF16:
         expected = ", ".join((*DTYPES, BF16))
@@ -202,12 +227,15 @@ def _parse_tensor(tensor: _Input, binary: BinaryPart) -> Array:
         raise RequestError(f"input {name!r:.80}: expected a shape of 1 to {AXES_MAX} lengths >= 1, got {shape!s:.80}")
     if shape[0] > ROWS_MAX:
         raise RequestError(f"input {name!r:.80}: expected at most {ROWS_MAX} rows, got {shape[0]}", status=413)
-    size_bytes = None if tensor.parameters is None else tensor.parameters.binary_data_size
-    if size_bytes is None and tensor.data:
-        return parse_data(tensor.data, datatype, shape, name)
-    if size_bytes is None or tensor.data:
+    if (tensor.size_bytes is None) != bool(tensor.data):
         raise RequestError(f"input {name!r:.80}: expected either data or the parameter binary_data_size")
-    return parse_array(binary.take(size_bytes, name), datatype, shape, name)
+
+
+def _parse_values(tensor: _Input, binary: BinaryPart) -> Array:
+    size_bytes = tensor.size_bytes
+    if size_bytes is None:
+        return parse_data(tensor.data, tensor.datatype, tensor.shape, tensor.name)
+    return parse_array(binary.take(size_bytes, tensor.name), tensor.datatype, tensor.shape, tensor.name)
 
 
 def _build_tensor(name: str, array: Array) -> _OutputTensor:

@@ -1,5 +1,6 @@
 """The local API over real sockets: an agent process on TCP and a Unix socket."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from edge_agent.http.connection import Limits
+from edge_agent.http.guard import TOKEN_NAME
 from edge_agent.http.oip import ROWS_MAX
 from tests.simulators.agent import MODEL, AgentProcess, install_version
 from tests.simulators.tiny_models import FEATURES
@@ -225,6 +227,17 @@ def test_samples_go_in_over_the_unix_socket_and_are_counted(agent: AgentProcess)
     assert agent.status()["samples"] == before + 2
 
 
+def test_bearer_of_the_token_may_write_over_tcp_and_a_web_page_that_knows_it_may_not(agent: AgentProcess) -> None:
+    token = (agent.state_dir / TOKEN_NAME).read_text().strip()
+    headers = {"Authorization": f"Bearer {token}"}
+    samples = {"samples": [{"x": [1, 2, 3, 4], "y": 1}]}
+    assert httpx.post(agent.url + "/v1/samples", json=samples, headers=headers).is_success
+    assert httpx.get(agent.url + "/v1/status", headers=headers).json()["device_id"]
+    assert_refused(httpx.post(agent.url + "/v1/samples", json=samples, headers={"Authorization": "Bearer x"}), 401)
+    for foreign in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
+        assert_refused(httpx.post(agent.url + "/v1/samples", json=samples, headers=headers | foreign), 403)
+
+
 def test_privacy_of_a_device_that_never_trained(agent: AgentProcess) -> None:
     report = agent.ask("GET", "/v1/privacy").json()
     assert report == {"epsilon_limit": "8", "noise_multiplier_limit": "0", "delta": "0.001", "spent": []}
@@ -254,6 +267,20 @@ def test_endless_body_is_refused_on_the_way_and_memory_stays_flat(agent: AgentPr
             sending.sendall(chunk)
         assert sending.recv(1000).startswith(b"HTTP/1.1 413")
     assert agent.status()["rss_mb"] < before_mb + 20
+
+
+def test_gigabyte_of_body_costs_no_memory_and_nobody_else_waits(agent: AgentProcess) -> None:
+    before_mb = agent.status()["rss_mb"]
+    with socket.create_connection(("127.0.0.1", agent.port), timeout=20) as sending:
+        head = (
+            f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {1 << 30}\r\nContent-Encoding: gzip\r\n\r\n"
+        )
+        sending.sendall(head.encode())
+        with contextlib.suppress(ConnectionError):
+            for _ in range(1 << 14):
+                sending.sendall(b" " * 0x10000)
+        assert httpx.post(agent.url + INFER, json=GOOD, timeout=5).is_success
+    assert agent.status()["rss_mb"] < before_mb + 10
 
 
 def test_compressed_body_is_refused_without_unpacking_it(agent: AgentProcess) -> None:
