@@ -10,6 +10,7 @@ import logging
 import signal
 import socket
 from collections.abc import Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from edge_agent.owner import OwnerStatus, load_privacy_report
 from edge_agent.reporter import Reporter
 from edge_agent.samples.sensor import SensorFeed
 from edge_agent.updates.installer import Updater, UpdaterSettings
+from edge_agent.updates.verifier import verify_offer
 from edge_agent.wake import TrainingDesk
 from models.contract.encoding import parse_json
 from models.contract.errors import ContractError, MalformedError
@@ -88,7 +90,8 @@ class Agent:
             on_connected=lambda: self._reporter.greet(),  # noqa: PLW0108 - it is made below
         )
         self._updater = Updater(
-            self._describe_updates(root),
+            self._describe_updates(),
+            open_offer=partial(verify_offer, root=root, trust_dir=settings.state_dir / "tuf"),
             reader=self._link,
             try_version=self._try_version,
             on_event=lambda kind, message, version: self._reporter.tell(kind, message, version=version),
@@ -255,13 +258,12 @@ class Agent:
             subscriptions=tuple(filter(None, (self._offer_topic, self._command_topic, self._ack_topic, sensor))),
         )
 
-    def _describe_updates(self, root: bytes) -> UpdaterSettings:
+    def _describe_updates(self) -> UpdaterSettings:
         settings = self._settings
         return UpdaterSettings(
             fleet=settings.fleet,
             model=settings.model,
             state_dir=settings.state_dir,
-            root=root,
             trains=settings.federation is not None,
             deadline_s=settings.updates.deadline_s,
             window=settings.updates.window,

@@ -4,17 +4,19 @@ import asyncio
 import logging
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from edge_agent.config import AgentSettings
 from edge_agent.errors import StalledError
-from edge_agent.link.commands import CommandGate
 from edge_agent.reporter import Reporter
 from edge_agent.training.job import TrainingJob, build_job, parse_event
 from edge_agent.training.supervisor import Supervisor
 from edge_agent.updates.installer import Updater
-from models.contract.envelope import WakeCommand
 from models.contract.errors import EnvelopeError, MalformedError
 from models.contract.messages import EventKind
+
+if TYPE_CHECKING:
+    from models.contract.envelope import WakeCommand
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +37,6 @@ class TrainingDesk:
         self._updater = updater
         self._reporter = reporter
         self._lock = asyncio.Lock()
-        self._gate = CommandGate(
-            settings.state_dir / "sequence.json",
-            key_path=updater.coordinator_key_path,
-            fleet=settings.fleet,
-            device_id=settings.device_id,
-        )
         self._supervisor = Supervisor(TRAINER_COMMAND, on_line=self._take_line, on_exit=self._note_exit)
 
     @property
@@ -52,7 +48,7 @@ class TrainingDesk:
         """Act on a command of the coordinator, or say why not; what is no command at all is ignored."""
         async with self._lock:
             try:
-                command = await asyncio.to_thread(self._gate.accept, payload, now_s=time.time())
+                command = await asyncio.to_thread(self._accept, payload)
             except MalformedError:
                 self._reporter.ignored += 1
                 return
@@ -70,7 +66,18 @@ class TrainingDesk:
         """End the training process, if there is one."""
         await self._supervisor.stop()
 
-    def _build_job(self, command: WakeCommand) -> TrainingJob:
+    def _accept(self, payload: bytes) -> "WakeCommand":
+        from edge_agent.link.commands import CommandGate  # brings cryptography: 8 MB that a device that only serves saves
+
+        gate = CommandGate(
+            self._settings.state_dir / "sequence.json",
+            key_path=self._updater.coordinator_key_path,
+            fleet=self._settings.fleet,
+            device_id=self._settings.device_id,
+        )
+        return gate.accept(payload, now_s=time.time())
+
+    def _build_job(self, command: "WakeCommand") -> TrainingJob:
         settings, federation, version = self._settings, self._settings.federation, self._updater.current()
         if federation is None:
             raise StalledError("this device only serves: its configuration has no [federation]")

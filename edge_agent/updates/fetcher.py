@@ -1,9 +1,10 @@
-"""What an offer says, once python-tuf has verified it; imported with the first offer, for tuf takes memory.
+"""What an offer says, once python-tuf has verified it; runs in the process of `verifier.py`, for tuf takes memory.
 
 ngclient works on a folder that is thrown away. What it came to trust is kept as one file, replaced
 atomically once everything in an offer has verified, so that a refused offer changes nothing.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,10 +15,10 @@ from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
 from tuf.ngclient import FetcherInterface, Updater
 
 from edge_agent.errors import StalledError
+from edge_agent.updates.targets import SignedTargets
 from models.contract.encoding import build_json, parse_json
 from models.contract.errors import ContractError
 from models.contract.files import save_atomically
-from models.contract.manifest import FileEntry
 from models.contract.offer import COORDINATOR_KEY_TARGET, OFFER_MAX_BYTES, build_graph_target, parse_offer
 
 logger = logging.getLogger(__name__)
@@ -41,24 +42,7 @@ class OfferFetcher(FetcherInterface):
         return iter((data,))
 
 
-class Release:
-    """The targets of one verified offer."""
-
-    def __init__(self, updater: Updater) -> None:
-        self._updater = updater
-
-    def find_target(self, path: str) -> FileEntry | None:
-        """Return digest and size that are signed for the target `path`; None if there is no such target."""
-        target = self._updater.get_targetinfo(path)
-        if target is None:
-            return None
-        try:
-            return FileEntry(digest=target.hashes["sha256"], size_bytes=target.length)
-        except (KeyError, ValueError) as error:
-            raise StalledError(f"target {path} is signed without a usable digest and size: {error}") from error
-
-
-def open_offer(payload: bytes, *, root: bytes, trust_dir: Path) -> Release:
+def open_offer(payload: bytes, *, root: bytes, trust_dir: Path) -> SignedTargets:
     """Return what `payload` offers, and trust it from now on.
 
     Args:
@@ -74,19 +58,34 @@ def open_offer(payload: bytes, *, root: bytes, trust_dir: Path) -> Release:
     except ContractError as error:
         raise StalledError(f"offer refused: {error}") from error
     scratch_dir = trust_dir / "scratch"
+    trust_dir.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(scratch_dir, ignore_errors=True)  # left by a kill
     _load_trusted(trust_dir, scratch_dir)
     try:
         updater = Updater(str(scratch_dir), _URL, fetcher=OfferFetcher(metadata), bootstrap=root)
         updater.refresh()
-        release = Release(updater)
-        for path in (COORDINATOR_KEY_TARGET, _NO_GRAPH):  # loads both delegated roles, while the folder is there
-            release.find_target(path)
+        signed = dict(_list_signed(updater, metadata))
     except (RepositoryError, DownloadError) as error:
         raise StalledError(f"offer refused: {error}") from error
     _save_trusted(trust_dir, scratch_dir)
     shutil.rmtree(scratch_dir, ignore_errors=True)
-    return release
+    return SignedTargets(signed)
+
+
+def _list_signed(updater: Updater, metadata: Mapping[str, bytes]) -> Iterator[tuple[str, tuple[str, int]]]:
+    """Yield every target that verifies; the names come from documents that need not."""
+    for path in (COORDINATOR_KEY_TARGET, _NO_GRAPH):  # loads both delegated roles, whatever the names
+        updater.get_targetinfo(path)
+    for path in {path for data in metadata.values() for path in _list_names(data)}:
+        if (target := updater.get_targetinfo(path)) is not None:
+            yield path, (target.hashes.get("sha256", ""), target.length)
+
+
+def _list_names(data: bytes) -> list[str]:
+    try:
+        return list(json.loads(data)["signed"]["targets"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def _load_trusted(trust_dir: Path, scratch_dir: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from edge_agent.errors import AgentError, StalledError, TransientError
 from edge_agent.updates.blobs import BlobStore, RetainedReader
@@ -29,6 +29,7 @@ from edge_agent.updates.machine import (
 )
 from edge_agent.updates.probation import Probation, TryVersion
 from edge_agent.updates.slots import TRIES, Slots, Version
+from edge_agent.updates.targets import SignedTargets
 from models.contract.encoding import build_digest
 from models.contract.errors import ContractError
 from models.contract.files import save_atomically
@@ -36,13 +37,11 @@ from models.contract.manifest import FileEntry, parse_manifest
 from models.contract.messages import EventKind
 from models.contract.offer import COORDINATOR_KEY_TARGET, build_release_target
 
-if TYPE_CHECKING:
-    from edge_agent.updates.fetcher import Release
-
 logger = logging.getLogger(__name__)
 
 RETRY_MAX_S = 600.0
 
+OpenOffer: TypeAlias = Callable[[bytes], SignedTargets]
 _Job: TypeAlias = Callable[[], Awaitable[None]]
 
 
@@ -51,7 +50,6 @@ class UpdaterSettings:
     """What an updater is told.
 
     Attributes:
-        root: The root of trust from enrolment.
         trains: Whether this device needs the graphs it trains with.
         deadline_s: For the fetch of one release, all of its files together.
         window: Chunks asked for at once.
@@ -62,7 +60,6 @@ class UpdaterSettings:
     fleet: str
     model: str
     state_dir: Path
-    root: bytes
     trains: bool
     deadline_s: float = 120.0
     window: int = 4
@@ -74,25 +71,30 @@ class Updater:
     """Keeps a device on its fleet's champion; used on one event loop."""
 
     def __init__(
-        self, settings: UpdaterSettings, *, reader: RetainedReader, try_version: TryVersion, on_event: OnEvent
+        self,
+        settings: UpdaterSettings,
+        *,
+        open_offer: OpenOffer,
+        reader: RetainedReader,
+        try_version: TryVersion,
+        on_event: OnEvent,
     ) -> None:
         """Verify what the disk holds.
 
         Args:
             settings: What this updater is told.
+            open_offer: Verifies an offer and trusts it from then on; raises StalledError. Called on a worker thread.
             reader: Reads retained messages.
             try_version: Loads the version in a directory, warms it up and answers with it from then on; raises if
                 it is not healthy, and then nothing has changed. Called on a worker thread, also to change back.
             on_event: Called on the loop with what happened, one line for a person, and the version it is about.
         """
-        self._settings, self._on_event = settings, on_event
+        self._settings, self._open_offer, self._on_event = settings, open_offer, on_event
         downloads_dir = settings.state_dir / "downloads"
         self._blobs, self._keys = (
             BlobStore(downloads_dir / name, reader=reader, fleet=settings.fleet, window=settings.window)
             for name in ("versions", "keys")
         )
-        self._trust_dir = settings.state_dir / "tuf"
-        self._trust_dir.mkdir(parents=True, exist_ok=True)
         self._slots = Slots(settings.state_dir / "slots")
         self._probation = Probation(
             try_version=try_version, get_active=self.current, timeout_s=settings.trial_timeout_s
@@ -102,7 +104,7 @@ class Updater:
         )
         self._state = self._load_state()
         self._considering = asyncio.Lock()
-        self._payload = b""  # the newest offer that was genuine: what a retry starts from
+        self._payload = b""  # the newest offer that was not refused: what a retry starts from
         self._deferred: tuple[str, _Job] | None = None  # digest, and what waits for the trial under way
         self._task: asyncio.Task[None] | None = None
         self._retry: asyncio.Task[None] | None = None
@@ -155,6 +157,9 @@ class Updater:
             champion = release.find_target(build_release_target(self._settings.model, "champion"))
         except (AgentError, OSError) as error:
             self._report(EventKind.FAILED, str(error))
+            if isinstance(error, TransientError):
+                self._payload = payload
+                self._retry_later()
             return None
         self._payload = payload
         await self._update_key(release)
@@ -172,12 +177,7 @@ class Updater:
             return self._conclude  # its verdict could not be written the last time
         return job if action is Action.FETCH else None
 
-    def _open_offer(self, payload: bytes) -> "Release":
-        from edge_agent.updates.fetcher import open_offer  # tuf takes 8 MB; many agents idle
-
-        return open_offer(payload, root=self._settings.root, trust_dir=self._trust_dir)
-
-    async def _update_key(self, release: "Release") -> None:
+    async def _update_key(self, release: SignedTargets) -> None:
         entry = release.find_target(COORDINATOR_KEY_TARGET)
         path = self.coordinator_key_path
         try:
@@ -223,7 +223,7 @@ class Updater:
         if retry:
             self._retry_later()
 
-    async def _install(self, release: "Release", champion: FileEntry) -> None:
+    async def _install(self, release: SignedTargets, champion: FileEntry) -> None:
         if self._probation.is_hanging:
             raise TransientError("a version that hangs still holds the runtime")
         async with asyncio.timeout(self._settings.deadline_s):

@@ -50,7 +50,7 @@ def test_agent_serves_with_the_training_stack_blocked(tmp_path: Path) -> None:
         assert process.wait(30) == 0
 
 
-@pytest.mark.parametrize("module", ["edge_agent.agent", "edge_agent.updates.fetcher", "edge_agent.training.ledger"])
+@pytest.mark.parametrize("module", ["edge_agent.agent", "edge_agent.updates.fetcher", "edge_agent.link.commands", "edge_agent.training.ledger"])
 def test_what_the_agent_may_import_later_is_free_of_the_training_stack(module: str) -> None:
     code = f"{PRELUDE}\nimport {module}\nassert not [name for name in {BLOCKED!r} if sys.modules.get(name)]"
     subprocess.run(
@@ -58,8 +58,11 @@ def test_what_the_agent_may_import_later_is_free_of_the_training_stack(module: s
     )
 
 
-def test_signing_library_is_loaded_only_when_an_offer_comes() -> None:
-    code = "import sys, edge_agent.agent; assert 'tuf' not in sys.modules and 'asyncio' in sys.modules"
+def test_signing_libraries_stay_out_of_the_resident_process() -> None:
+    code = (
+        "import sys, edge_agent.agent, edge_agent.updates.verifier; "
+        "assert not {'tuf', 'cryptography', 'uvicorn'} & set(sys.modules) and 'asyncio' in sys.modules"
+    )
     subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=True
     )

@@ -2,8 +2,10 @@
 
 import asyncio
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
+from edge_agent.updates.fetcher import open_offer
 from edge_agent.updates.installer import Updater, UpdaterSettings
 from fl_server.directory import Directory
 from fl_server.rollout.publisher import Publisher, list_blobs
@@ -101,7 +103,8 @@ class Device:
         self.serving: bytes | None = None
         defaults = {"fleet": FLEET, "model": MODEL, "trains": True, "retry_delay_s": 3600.0}
         self.updater = Updater(
-            UpdaterSettings(state_dir=path, root=root, **(defaults | settings)),
+            UpdaterSettings(state_dir=path, **(defaults | settings)),
+            open_offer=partial(open_offer, root=root, trust_dir=path / "tuf"),
             reader=broker,
             try_version=self.try_version,
             on_event=lambda *event: self.events.append(event),
