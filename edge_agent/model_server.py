@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
 import importlib.metadata
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from edge_agent.monitor.latency import LatencyHistogram
 from edge_agent.monitor.metrics import build_metrics
 from edge_agent.monitor.telemetry import read_rss_mb
 from models.contract.manifest import ModelManifest
+
+_SWITCH_INTERVAL_S = 0.0005  # a tenth of Python's: a request waits that long for a thread that computes
 
 
 def find_agent_version() -> str:
@@ -92,9 +96,16 @@ class ModelServer:
         serving = asyncio.create_task(server.serve())
         serving.add_done_callback(lambda _task: on_end())
         await server.wait_listening()
+        _prefer_the_loop()
         try:
             yield
         finally:
             app.drain()
             server.stop()
             await serving
+
+
+def _prefer_the_loop() -> None:
+    """Keep other threads, and the collector, from holding up answers while a version changes."""
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    gc.freeze()  # what is imported stays: no later collection walks through it

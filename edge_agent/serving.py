@@ -20,6 +20,7 @@ from models.contract.settings import SettingsError
 if TYPE_CHECKING:
     from edge_agent.http.app import App
     from edge_agent.model_server import ModelServer
+    from models.contract.manifest import ModelManifest
 
 log = logging.getLogger(__name__)
 
@@ -56,31 +57,43 @@ def serve_version(options: ServeOptions) -> None:
     directories = [options.directory] if options.challenger is None else [options.directory, options.challenger]
     with ThreadPoolExecutor() as pool:
         trials = [pool.submit(_check, directory) for directory in directories]
-        from edge_agent.http.server import bind_sockets  # while the children try the versions
+        import uvloop  # this and what follows while the children try the versions
+
+        from edge_agent.http.server import bind_sockets
 
         sockets = bind_sockets(options.host, options.port, options.uds)
+        manifest = _prepare(options.directory)
         for trial in trials:
             trial.result()
-    server = _load(options)
-    import uvloop
-
+    server = _load(manifest, options)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_answer(server, _build_app(server, options), sockets, options))
 
 
 def _check(directory: Path) -> None:
     try:
-        try_in_sandbox(directory)
+        try_in_sandbox(directory, niceness=0)
     except AgentError as error:
         raise SettingsError(f"{directory}: {error}") from error
 
 
-def _load(options: ServeOptions) -> "ModelServer":
-    from edge_agent.inference.model import load_manifest
+def _prepare(directory: Path) -> "ModelManifest":
+    """Return the manifest, and import what its version needs."""
+    import edge_agent.model_server  # noqa: F401
+    from edge_agent.inference.model import find_backend, load_manifest
+
+    try:
+        manifest = load_manifest(directory)
+        find_backend(manifest.runtime)
+    except (AgentError, ContractError) as error:
+        raise SettingsError(str(error)) from error
+    return manifest
+
+
+def _load(manifest: "ModelManifest", options: ServeOptions) -> "ModelServer":
     from edge_agent.model_server import ModelServer
 
     try:
-        manifest = load_manifest(options.directory)
         server = ModelServer(manifest.model)
         server.adopt(options.directory, manifest)
         if options.challenger is not None:

@@ -67,7 +67,9 @@ class TrainingDesk:
         await self._supervisor.stop()
 
     def _accept(self, payload: bytes) -> "WakeCommand":
-        from edge_agent.link.commands import CommandGate  # brings cryptography: 8 MB that a device that only serves saves
+        from edge_agent.link.commands import (
+            CommandGate,
+        )  # brings cryptography: 8 MB that a device that only serves saves
 
         gate = CommandGate(
             self._settings.state_dir / "sequence.json",
