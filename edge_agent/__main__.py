@@ -41,9 +41,27 @@ def run(options: argparse.Namespace) -> None:
     from edge_agent.agent import run_agent
     from edge_agent.config import load_agent_settings
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    _log_to_stderr()
     run_agent(load_agent_settings(options.config))
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Serve one model version, without broker or federation."""
+    from edge_agent.serving import ServeOptions, serve_version
+
+    _log_to_stderr()
+    host, port = options.http
+    serve_version(
+        ServeOptions(
+            directory=options.directory,
+            host=host,
+            port=port,
+            uds=options.uds,
+            challenger=options.challenger,
+            weight=options.weight,
+            shadow=options.shadow,
+        )
+    )
 
 
 def status(options: argparse.Namespace) -> None:
@@ -145,6 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     serving = _add_command(commands, run)
     serving.add_argument("--config", type=Path, default=CONFIG_PATH, metavar="FILE", help="default: %(default)s")
+    _describe_serve(_add_command(commands, serve))
     for command in (status, predict, infer, ingest, feedback, privacy):
         asking = _add_command(commands, command)
         asking.add_argument("--config", type=Path, metavar="FILE", help=f"default: {CONFIG_PATH}")
@@ -163,6 +182,42 @@ def build_parser() -> argparse.ArgumentParser:
             asking.add_argument("file", type=Path, metavar="FILE", help="*.csv, *.jsonl, *.parquet or *.npz")
             asking.add_argument("--target", metavar="COLUMN", help="default: y, or the last column of a CSV file")
     return parser
+
+
+def _describe_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="VERSION_DIR", help="manifest.json and the graph that it names")
+    parser.add_argument(
+        "--http", type=_parse_address, default=("127.0.0.1", 8080), metavar="HOST:PORT", help="default: 127.0.0.1:8080"
+    )
+    parser.add_argument("--uds", type=Path, metavar="PATH", help="a Unix socket beside it")
+    parser.add_argument("--challenger", type=Path, metavar="DIR", help="a second version of the model")
+    role = parser.add_mutually_exclusive_group()
+    role.add_argument(
+        "--weight", type=_parse_share, default=0.0, metavar="W", help="the challenger's share of the answers, 0 to 1"
+    )
+    role.add_argument("--shadow", action="store_true", help="compare the challenger with each answer instead")
+
+
+def _parse_address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 1 <= int(port) <= 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def _parse_share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not in 0..1")
+    return share
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
 
 def _describe_infer(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,6 @@ disk may fail, and the model still answers.
 
 import asyncio
 import contextlib
-import importlib.metadata
 import logging
 import signal
 import socket
@@ -18,22 +17,21 @@ import uvloop
 
 from edge_agent.collector import Collector
 from edge_agent.config import AgentSettings
-from edge_agent.errors import AgentError, StalledError
+from edge_agent.errors import AgentError, RequestError, StalledError
 from edge_agent.http.app import App, Device
 from edge_agent.http.samples import parse_samples
-from edge_agent.http.server import HttpServer, bind_sockets
-from edge_agent.inference.engine import Engine
-from edge_agent.inference.model import load_model
+from edge_agent.http.server import bind_sockets
+from edge_agent.inference.sandbox import try_in_sandbox
 from edge_agent.link.mqtt import Broker, Link
-from edge_agent.monitor.latency import LatencyHistogram
-from edge_agent.monitor.telemetry import build_metrics, read_rss_mb
+from edge_agent.model_server import ModelServer, find_agent_version
+from edge_agent.monitor.telemetry import read_rss_mb
 from edge_agent.owner import OwnerStatus, load_privacy_report
 from edge_agent.reporter import Reporter
 from edge_agent.samples.sensor import SensorFeed
 from edge_agent.updates.installer import Updater, UpdaterSettings
 from edge_agent.wake import TrainingDesk
 from models.contract.encoding import parse_json
-from models.contract.errors import MalformedError
+from models.contract.errors import ContractError, MalformedError
 from models.contract.manifest import ModelManifest
 from models.contract.messages import MESSAGE_MAX_BYTES, Ack, EventKind
 from models.contract.settings import SettingsError
@@ -65,14 +63,6 @@ def run_agent(settings: AgentSettings) -> None:
         runner.run(agent.run())
 
 
-def find_agent_version() -> str:
-    """Return the version of the installed distribution."""
-    try:
-        return importlib.metadata.version("edge-fl")
-    except importlib.metadata.PackageNotFoundError:
-        return "0"
-
-
 class Agent:
     """One device; `run` is its life."""
 
@@ -80,9 +70,8 @@ class Agent:
         self._settings = settings
         self._sockets = sockets
         self._version = find_agent_version()
-        self._engine = Engine(settings.model)
-        self._latencies = LatencyHistogram()
-        self._failures = 0
+        self._server = ModelServer(settings.model, load_again=self._load_again if settings.serving.repository else None)
+        self._engine = self._server.engine
         self._samples = Collector(settings, get_manifest=self._find_manifest)
         self._sensor = SensorFeed(parse=parse_samples, keep=self._samples.add, keep_share=settings.samples.keep_share)
         self._stopped = asyncio.Event()
@@ -103,7 +92,7 @@ class Agent:
             on_event=lambda kind, message, version: self._reporter.tell(kind, message, version=version),
         )
         self._reporter = Reporter(
-            settings, self._version, link=self._link, updater=self._updater, latencies=self._latencies
+            settings, self._version, link=self._link, updater=self._updater, latencies=self._server.latencies
         )
         self._training = TrainingDesk(settings, updater=self._updater, reporter=self._reporter)
 
@@ -115,6 +104,7 @@ class Agent:
             ("outbox", self._keep_outbox),
             ("model", self._load_active),
             ("http", self._start_http),
+            ("challenger", self._start_challenger),
             ("sensor", self._start_sensor),
             ("link", self._start_link),
             ("updates", self._start_updates),
@@ -148,16 +138,11 @@ class Agent:
 
     async def _start_http(self, stack: contextlib.AsyncExitStack) -> None:
         app = App(self._describe_device(), uds_path=self._settings.uds_path, host=self._settings.http.host)
-        server = HttpServer(app, self._sockets)
-        serving = asyncio.create_task(server.serve())
-        serving.add_done_callback(lambda _task: self._stopped.set())  # an agent that cannot serve ends
+        await stack.enter_async_context(self._server.answer(app, self._sockets, on_end=self._stopped.set))
 
-        async def drain() -> None:
-            server.stop()
-            await serving
-
-        stack.push_async_callback(drain)
-        await server.wait_listening()
+    async def _start_challenger(self, stack: contextlib.AsyncExitStack) -> None:
+        if self._settings.serving.challenger is not None:
+            _start_task(stack, asyncio.to_thread(self._challenge, self._settings.serving.challenger))
 
     async def _start_sensor(self, stack: contextlib.AsyncExitStack) -> None:
         if self._settings.samples.mqtt_topic is not None:
@@ -199,7 +184,24 @@ class Agent:
     # What the parts ask of each other
 
     def _try_version(self, directory: Path, manifest: ModelManifest) -> None:
-        self._engine.activate(load_model(directory, manifest))
+        current = self._updater.current()
+        if current is None or current.directory != directory:  # what is active has passed before
+            try_in_sandbox(directory)
+        self._server.adopt(directory, manifest)
+
+    def _load_again(self) -> None:
+        current = self._updater.current()
+        if current is None:
+            raise RequestError("this device has no version yet: it waits for its first release", status=503)
+        self._server.adopt(current.directory, current.manifest)
+
+    def _challenge(self, directory: Path) -> None:
+        serving = self._settings.serving
+        try:
+            try_in_sandbox(directory)
+            self._server.challenge(directory, weight=serving.weight, shadow=serving.shadow)
+        except (AgentError, ContractError) as error:
+            log.error("no challenger: %s", error)  # noqa: TRY400 - the message says it all
 
     def _find_manifest(self) -> ModelManifest | None:
         return self._engine.active.manifest if self._engine.active else None
@@ -225,30 +227,19 @@ class Agent:
             rss_mb=round(read_rss_mb(), 1),
         )
 
-    def _build_metrics(self) -> str:
-        model = self._engine.active
-        return build_metrics(
-            latencies=self._latencies.snapshot(),
-            sum_s=self._latencies.sum_s,
-            failures=self._failures,
-            rss_mb=read_rss_mb(),
-            manifest=model.manifest if model else None,
-        )
-
-    def _count_failure(self) -> None:
-        self._failures += 1
-
     def _describe_device(self) -> Device:
         return Device(
             agent_version=self._version,
-            get_model=lambda: self._engine.active,
+            models=self._engine,
             add_samples=self._samples.add,
             build_inputs=self._samples.build_inputs,
             get_status=self._build_owner_status,
             get_privacy=lambda: load_privacy_report(self._settings),
-            get_metrics=self._build_metrics,
-            record_latency=self._latencies.record,
-            record_failure=self._count_failure,
+            get_metrics=self._server.build_metrics,
+            record_latency=self._server.latencies.record,
+            record_failure=self._server.count_failure,
+            remember=self._samples.remember,
+            add_feedback=self._samples.add_feedback,
         )
 
     def _describe_broker(self) -> Broker:

@@ -101,21 +101,19 @@ class PrivacySettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingSettings:
-    """Who answers, and how many may wait.
+    """Who answers.
 
     Attributes:
         challenger: Folder of a second version of the model, loaded beside the fleet's champion.
         weight: Share of the answers that are the challenger's, 0 to 1.
         shadow: The champion answers everybody, and the challenger is compared with it.
         repository: Callers may load and unload the model.
-        max_queue: Inference requests under way or waiting; the next one is answered 429.
     """
 
     challenger: Path | None = None
     weight: float = 0.0
     shadow: bool = False
     repository: bool = False
-    max_queue: int = 256
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
@@ -124,8 +122,6 @@ class ServingSettings:
             raise ValueError("serving.shadow and serving.weight: a challenger answers or is compared, not both")
         if self.challenger is None and (self.shadow or self.weight):
             raise ValueError("serving.challenger is missing: serving.weight and serving.shadow need one")
-        if not 1 <= self.max_queue <= 65_536:
-            raise ValueError(f"serving.max_queue is {self.max_queue}, must be in 1..65536")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

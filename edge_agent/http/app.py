@@ -7,6 +7,7 @@ nor another user of the machine can read or label somebody's data.
 
 import asyncio
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ import msgspec
 from edge_agent.errors import AgentError, RequestError
 from edge_agent.http import oip
 from edge_agent.http.oip import Array
-from edge_agent.http.samples import parse_rows, parse_samples
+from edge_agent.http.samples import parse_feedback, parse_rows, parse_samples
 from models.contract.manifest import ModelManifest
 
 Scope: TypeAlias = dict[str, Any]
@@ -28,7 +29,14 @@ Send: TypeAlias = Callable[[dict[str, Any]], Awaitable[None]]
 BODY_MAX_BYTES = 4 * 1024 * 1024  # 1300 images of 28 x 28 as JSON
 BODY_TIMEOUT_S = 10.0  # for a whole body; over a loopback or Unix socket 4 MiB take milliseconds
 _JSON = b"application/json"
+_KEY_HEADER = b"edge-key"  # a caller that sends the same stays with the same version
 _TEXT = b"text/plain; version=0.0.4; charset=utf-8"
+
+
+class Statistics(Protocol):
+    """Counts the answers of one version."""
+
+    def record(self, rows: int, duration_s: float) -> None: ...
 
 
 class Model(Protocol):
@@ -37,7 +45,27 @@ class Model(Protocol):
     @property
     def manifest(self) -> ModelManifest: ...
 
+    @property
+    def statistics(self) -> Statistics: ...
+
     def infer(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]: ...
+
+
+class Models(Protocol):
+    """The loaded versions; each method raises RequestError for what is not served."""
+
+    @property
+    def name(self) -> str: ...
+
+    def list_models(self) -> Sequence[Model]: ...
+
+    def select(self, name: str, version: str | None, *, key: str = "") -> Model: ...
+
+    def mirror(self, model: Any, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None: ...
+
+    def load(self, name: str) -> None: ...
+
+    def unload(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +73,7 @@ class Device:
     """What the API asks of the agent.
 
     Attributes:
-        get_model: The active model; None before there is one.
+        models: The loaded versions.
         add_samples: Keeps samples durably and returns their ids; may block.
         build_inputs: Returns raw rows as the model's inputs; may block.
         get_status: A document for the device's owner.
@@ -53,10 +81,12 @@ class Device:
         get_metrics: Prometheus text.
         record_latency: Told how long each answer took, s.
         record_failure: Told of each inference request that was refused.
+        remember: Told of each answered request, with an id that nobody can guess; None without consent.
+        add_feedback: Keeps the truth about such a request durably and returns the samples' ids; may block.
     """
 
     agent_version: str
-    get_model: Callable[[], Model | None]
+    models: Models
     add_samples: Callable[[Sequence[tuple[Any, Any]]], list[int]]
     build_inputs: Callable[[Sequence[Any]], Mapping[str, Array]]
     get_status: Callable[[], object]
@@ -64,27 +94,31 @@ class Device:
     get_metrics: Callable[[], str]
     record_latency: Callable[[float], None]
     record_failure: Callable[[], None]
+    remember: Callable[[str, Mapping[str, Array]], None] | None = None
+    add_feedback: Callable[[str, object], list[int]] | None = None
 
 
 class App:
     """ASGI 3 application; one instance answers on TCP and on the Unix socket."""
 
-    def __init__(self, device: Device, *, uds_path: Path, host: str) -> None:
+    def __init__(self, device: Device, *, uds_path: Path | None, host: str) -> None:
         """Prepare the application.
 
         Args:
             device: What it shows to the outside.
-            uds_path: The Unix socket; what arrives elsewhere is not trusted.
+            uds_path: The Unix socket, if there is one; what arrives elsewhere is not trusted.
             host: The configured address, accepted in `Host` beside the loopback's names.
         """
         self._device = device
-        self._uds = (str(uds_path), None)
+        self._uds = None if uds_path is None else (str(uds_path), None)
         self._hosts = frozenset({"localhost", "127.0.0.1", "[::1]", host, f"[{host}]"})
         self._routes: dict[str, tuple[str, _Handler]] = {
             "v2": ("GET", self._get_server),
             "v2/health/live": ("GET", self._get_live),
             "v2/health/ready": ("GET", self._get_ready),
+            "v2/repository/index": ("POST", self._post_index),
             "v1/samples": ("POST", self._post_samples),
+            "v1/feedback": ("POST", self._post_feedback),
             "v1/rows": ("POST", self._post_rows),
             "v1/status": ("GET", self._get_status),
             "v1/privacy": ("GET", self._get_privacy),
@@ -110,8 +144,8 @@ class App:
         if not is_local:
             self._check_sender(scope["headers"])
         parts = scope["path"].split("/")[1:]
-        if parts[0] == "v1" and not is_local:
-            raise RequestError("/v1 answers on the Unix socket only", status=403)
+        if not is_local and (parts[0] == "v1" or parts[:3] == ["v2", "repository", "models"]):
+            raise RequestError("this answers on the Unix socket only", status=403)
         method, handler = self._route(parts)
         if scope["method"] != method:
             raise _MethodError(scope["path"], scope["method"], method)
@@ -134,6 +168,10 @@ class App:
                 return self._route_model(name, version, rest)
             case ["v2", "models", name, *rest]:
                 return self._route_model(name, None, rest)
+            case ["v2", "repository", "models", name, "load"]:
+                return "POST", partial(self._change_repository, self._device.models.load, name)
+            case ["v2", "repository", "models", name, "unload"]:
+                return "POST", partial(self._change_repository, self._device.models.unload, name)
         if route := self._routes.get("/".join(parts)):
             return route
         raise _build_not_found(parts)
@@ -152,13 +190,22 @@ class App:
         try:
             data = await body.read()
             started_s = time.perf_counter()
-            model = self._find(name, version)  # one reference for the whole request: it may be swapped meanwhile
+            self._device.models.select(name, version)  # what is not served is not parsed
             request = oip.parse_infer_request(data)
-            answer = oip.build_infer_response(model.manifest, request, model.infer(request.inputs))
+            # One reference for the whole request: versions may change meanwhile.
+            model = self._device.models.select(name, version, key=body.get_header(_KEY_HEADER) or request.id)
+            outputs = model.infer(request.inputs)
+            feedback_id = uuid.uuid4().hex if self._device.remember else ""
+            answer = oip.build_infer_response(model.manifest, request, outputs, feedback_id)
         except RequestError:
             self._device.record_failure()
             raise
-        self._device.record_latency(time.perf_counter() - started_s)
+        duration_s = time.perf_counter() - started_s
+        self._device.record_latency(duration_s)
+        model.statistics.record(len(next(iter(request.inputs.values()))), duration_s)
+        self._device.models.mirror(model, request.inputs, outputs)
+        if self._device.remember:
+            self._device.remember(feedback_id, request.inputs)
         return _Answer(answer)
 
     async def _get_server(self, _body: "_Body") -> "_Answer":
@@ -168,18 +215,38 @@ class App:
         return _Answer(_build_json({"live": True}))
 
     async def _get_ready(self, _body: "_Body") -> "_Answer":
-        is_ready = self._device.get_model() is not None
+        is_ready = bool(self._device.models.list_models())
         return _Answer(_build_json({"ready": is_ready}), status=200 if is_ready else 503)
 
     async def _get_model_ready(self, name: str, version: str | None, _body: "_Body") -> "_Answer":
-        return _Answer(_build_json({"name": self._find(name, version).manifest.model, "ready": True}))
+        model = self._device.models.select(name, version)
+        return _Answer(_build_json({"name": model.manifest.model, "ready": True}))
 
     async def _get_model_metadata(self, name: str, version: str | None, _body: "_Body") -> "_Answer":
-        return _Answer(oip.build_model_metadata(self._find(name, version).manifest))
+        model = self._device.models.select(name, version)
+        served = [model] if version else self._device.models.list_models()
+        return _Answer(oip.build_model_metadata(model.manifest, [each.manifest.version for each in served]))
+
+    async def _post_index(self, _body: "_Body") -> "_Answer":
+        models = self._device.models
+        rows = [{"name": models.name, "version": str(each.manifest.version), "state": "READY"}
+                for each in models.list_models()]  # fmt: skip
+        return _Answer(_build_json(rows or [{"name": models.name, "state": "UNAVAILABLE"}]))
+
+    async def _change_repository(self, change: Callable[[str], None], name: str, _body: "_Body") -> "_Answer":
+        await asyncio.to_thread(change, name)
+        return _Answer(_build_json({}))
 
     async def _post_samples(self, body: "_Body") -> "_Answer":
         samples = parse_samples(await body.read())
         ids = await asyncio.to_thread(self._device.add_samples, samples)  # waits for the disk
+        return _Answer(_build_json({"ids": ids}))
+
+    async def _post_feedback(self, body: "_Body") -> "_Answer":
+        if self._device.add_feedback is None:
+            raise RequestError("feedback is not kept here", status=404)
+        request_id, target = parse_feedback(await body.read())
+        ids = await asyncio.to_thread(self._device.add_feedback, request_id, target)  # waits for the disk
         return _Answer(_build_json({"ids": ids}))
 
     async def _post_rows(self, body: "_Body") -> "_Answer":
@@ -194,17 +261,6 @@ class App:
 
     async def _get_metrics(self, _body: "_Body") -> "_Answer":
         return _Answer(self._device.get_metrics().encode(), content_type=_TEXT)
-
-    def _find(self, name: str, version: str | None) -> Model:
-        model = self._device.get_model()
-        if model is None:
-            raise RequestError("this device has no model yet: it waits for its first release", status=503)
-        manifest = model.manifest
-        if name != manifest.model:
-            raise RequestError(f"model {name!r:.80} is not served here, {manifest.model!r} is", status=404)
-        if version not in (None, str(manifest.version)):
-            raise RequestError(f"version {version!r:.80} is not active, {manifest.version} is", status=404)
-        return model
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +277,10 @@ class _Body:
     def __init__(self, headers: Iterable[tuple[bytes, bytes]], receive: Receive) -> None:
         self._headers = headers
         self._receive = receive
+
+    def get_header(self, name: bytes) -> str:
+        """Return the header's value, empty without it; `name` in lower case."""
+        return next((value.decode("latin-1") for key, value in self._headers if key == name), "")
 
     async def read(self) -> bytes:
         """Return the body.

@@ -4,7 +4,7 @@ https://github.com/kserve/open-inference-protocol/blob/main/specification/protoc
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeAlias
@@ -72,6 +72,7 @@ class _Response(msgspec.Struct, omit_defaults=True):
     model_version: str
     outputs: list[_OutputTensor]
     id: str = ""
+    parameters: dict[str, str] = {}
 
 
 _REQUEST_DECODER = msgspec.json.Decoder(_Request)
@@ -115,8 +116,16 @@ def parse_infer_request(body: bytes) -> InferRequest:
     return InferRequest(request.id, inputs, tuple(output.name for output in request.outputs))
 
 
-def build_infer_response(manifest: ModelManifest, request: InferRequest, outputs: Mapping[str, Array]) -> bytes:
+def build_infer_response(
+    manifest: ModelManifest, request: InferRequest, outputs: Mapping[str, Array], feedback_id: str = ""
+) -> bytes:
     """Return the answer to `request`; a value that JSON cannot say (NaN, infinity) is null.
+
+    Args:
+        manifest: Of the version that answered.
+        request: What was asked.
+        outputs: By name.
+        feedback_id: The server's own id; it is the answer's, or a parameter beside the caller's.
 
     Raises:
         RequestError: An output was asked for that the model does not have.
@@ -125,7 +134,10 @@ def build_infer_response(manifest: ModelManifest, request: InferRequest, outputs
     if unknown := [name for name in names if name not in outputs]:
         raise RequestError(f"output {unknown[0]!r:.80}: expected one of {', '.join(map(repr, outputs))}")
     tensors = [_build_tensor(name, outputs[name]) for name in names]
-    return _ENCODER.encode(_Response(manifest.model, str(manifest.version), tensors, request.id))
+    response = _Response(manifest.model, str(manifest.version), tensors, request.id or feedback_id)
+    if feedback_id and request.id:
+        response.parameters = {"feedback_id": feedback_id}
+    return _ENCODER.encode(response)
 
 
 def build_tensors(inputs: Mapping[str, Array]) -> bytes:
@@ -137,11 +149,11 @@ def build_server_metadata(version: str) -> bytes:
     return _ENCODER.encode({"name": SERVER_NAME, "version": version, "extensions": []})
 
 
-def build_model_metadata(manifest: ModelManifest) -> bytes:
+def build_model_metadata(manifest: ModelManifest, versions: Sequence[int]) -> bytes:
     """Return name, version and tensors of the model; its labels and the columns of its raw rows, if any, as parameters."""
     document: dict[str, object] = {
         "name": manifest.model,
-        "versions": [str(manifest.version)],
+        "versions": [str(version) for version in versions],
         "platform": _PLATFORMS[manifest.runtime],
         "inputs": _describe(manifest.inputs),
         "outputs": _describe(manifest.outputs),
@@ -201,6 +213,6 @@ def _build_tensor(name: str, array: Array) -> _OutputTensor:
 
 def _describe(specs: Iterable[TensorSpec]) -> list[dict[str, object]]:
     return [
-        {"name": spec.name, "datatype": _DATATYPE_OF[np.dtype(spec.dtype)], "shape": [-1, *spec.row_shape]}
+        {"name": spec.name, "datatype": _DATATYPE_OF[spec.numpy_dtype], "shape": [-1, *spec.row_shape]}
         for spec in specs
     ]

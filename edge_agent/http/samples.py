@@ -19,11 +19,17 @@ class _Request(msgspec.Struct):
     samples: list[_Sample]
 
 
+class _Feedback(msgspec.Struct):
+    id: str
+    target: Any
+
+
 class _Rows(msgspec.Struct):
     rows: list[Any]
 
 
 _DECODER = msgspec.json.Decoder(_Request)
+_FEEDBACK_DECODER = msgspec.json.Decoder(_Feedback)
 _ROWS_DECODER = msgspec.json.Decoder(_Rows)
 
 
@@ -71,3 +77,12 @@ def _to_array(value: Any, where: str) -> Array:
             single = array.astype(np.float32)
         return single if np.array_equal(single, array) else array  # half the disk, nothing lost
     return array
+
+
+def parse_feedback(body: bytes) -> tuple[str, Any]:
+    """Return the id of an answered request and its truth, as it came; raises RequestError."""
+    try:
+        feedback = _FEEDBACK_DECODER.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise RequestError(f'expected {{"id", "target"}} as JSON in UTF-8: {error}') from error
+    return feedback.id, feedback.target

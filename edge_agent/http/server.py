@@ -22,15 +22,15 @@ _KEEP_ALIVE_S = 75  # as nginx; integrators keep a pool of connections
 _DRAIN_TIMEOUT_S = 10  # systemd's 90 s, with room for the rest of the agent
 
 
-def bind_sockets(host: str, port: int, uds_path: Path) -> list[socket.socket]:
-    """Return a TCP and a Unix socket, bound.
+def bind_sockets(host: str, port: int, uds_path: Path | None) -> list[socket.socket]:
+    """Return a TCP socket and, if it has a path, a Unix socket, bound.
 
     Raises:
         SettingsError: An address is taken or cannot be had; the message names it.
     """
     tcp = _bind_tcp(host, port)
     try:
-        return [tcp, _bind_uds(uds_path)]
+        return [tcp] if uds_path is None else [tcp, _bind_uds(uds_path)]
     except BaseException:
         tcp.close()
         raise

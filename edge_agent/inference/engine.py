@@ -34,18 +34,15 @@ class Rivalry:
 class Engine:
     """Every loaded version of one model; its methods may be called from several threads."""
 
-    def __init__(
-        self, name: str, *, rivalry: Rivalry | None = None, load_again: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, name: str, *, load_again: Callable[[], None] | None = None) -> None:
         """Begin with nothing loaded.
 
         Args:
             name: The model, whatever its version.
-            rivalry: The challenger; used while it takes and gives the same tensors as the champion.
             load_again: Loads and activates the version on disk; None keeps callers from loading and unloading.
         """
         self.name = name
-        self._rivalry = rivalry
+        self._rivalry: Rivalry | None = None
         self._load_again = load_again
         self._loaded: tuple[ServedModel, ...] = ()
         self._limit = 0  # of 2 ** 64: keys that hash below it are the challenger's
@@ -65,6 +62,11 @@ class Engine:
         self._shadow = Shadow(rivalry.model) if rivalry is not None and rivalry.shadow else None
         self._limit = 0 if rivalry is None else round(rivalry.weight * 2**64)
         self._loaded = () if model is None else (model,) if rivalry is None else (model, rivalry.model)
+
+    def challenge(self, rivalry: Rivalry) -> None:
+        """Set a challenger beside the champion, while both take and give the same tensors."""
+        self._rivalry = rivalry
+        self.activate(self.active)
 
     def list_models(self) -> tuple[ServedModel, ...]:
         """Return every loaded version, the champion first."""

@@ -1,12 +1,11 @@
-"""What the device reports of itself, and what a scraper reads; nothing here derives from samples."""
+"""What the device reports of itself; nothing here derives from samples."""
 
 import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_agent.monitor.latency import BUCKETS_PER_OCTAVE, bucket_end_s, compute_quantile
-from models.contract.manifest import ModelManifest
+from edge_agent.monitor.latency import compute_quantile
 from models.contract.messages import Telemetry
 
 
@@ -30,38 +29,6 @@ def build_telemetry(
         latency_p50_ms=_quantile_ms(latencies, 0.5),
         latency_p99_ms=_quantile_ms(latencies, 0.99),
     )
-
-
-def build_metrics(
-    *, latencies: Sequence[int], sum_s: float, failures: int, rss_mb: float, manifest: ModelManifest | None
-) -> str:
-    """Return the device's state in the Prometheus text format 0.0.4."""
-    lines = [
-        "# HELP edge_agent_inference_seconds Time from a complete request to its answer.",
-        "# TYPE edge_agent_inference_seconds histogram",
-    ]
-    step = 2 * BUCKETS_PER_OCTAVE  # every factor of 4
-    for end in range(step, len(latencies) + 1, step):
-        bound_s = bucket_end_s(end - 1)
-        lines.append(f'edge_agent_inference_seconds_bucket{{le="{bound_s:g}"}} {sum(latencies[:end])}')
-    lines += [
-        f'edge_agent_inference_seconds_bucket{{le="+Inf"}} {sum(latencies)}',
-        f"edge_agent_inference_seconds_sum {sum_s:.6f}",
-        f"edge_agent_inference_seconds_count {sum(latencies)}",
-        "# HELP edge_agent_inference_failures_total Inference requests that were refused.",
-        "# TYPE edge_agent_inference_failures_total counter",
-        f"edge_agent_inference_failures_total {failures}",
-        "# HELP edge_agent_resident_memory_bytes Resident memory of the agent.",
-        "# TYPE edge_agent_resident_memory_bytes gauge",
-        f"edge_agent_resident_memory_bytes {rss_mb * 1e6:.0f}",
-    ]
-    if manifest is not None:
-        lines += [
-            "# HELP edge_agent_active_version Version of the model that is served.",
-            "# TYPE edge_agent_active_version gauge",
-            f'edge_agent_active_version{{model="{manifest.model}"}} {manifest.version}',
-        ]
-    return "\n".join(lines) + "\n"
 
 
 def _quantile_ms(latencies: Sequence[int], quantile: float) -> float | None:

@@ -251,6 +251,10 @@ class Updater:
         number = version.manifest.version
         try:
             await self._probation.prove(version)
+        except TransientError:  # says nothing of the version
+            await asyncio.to_thread(self._slots.drop_trial)
+            self._state = self._load_state()
+            raise
         except Exception as error:  # noqa: BLE001 - whatever an unhealthy version raises
             await self._roll_back(digest, str(error) or type(error).__name__, number)
             return

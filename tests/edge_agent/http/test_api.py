@@ -71,7 +71,7 @@ def test_metadata_and_health(agent: AgentProcess) -> None:
         ("GET", "/v3", 404, "nothing at"),
         ("GET", f"/v2/models/{MODEL}/stats", 404, "nothing at"),
         ("GET", "/v2/models/other", 404, "'other' is not served here, 'tiny' is"),
-        ("GET", f"/v2/models/{MODEL}/versions/9", 404, "'9' is not active, 2 is"),
+        ("GET", f"/v2/models/{MODEL}/versions/9", 404, "'9' of 'tiny' is not loaded, 2 is"),
         ("POST", "/v2/models/%ff%00/infer", 404, "is not served here"),
         ("GET", INFER, 405, "expected POST, got GET"),
         ("PUT", INFER, 405, "expected POST, got PUT"),
@@ -214,6 +214,6 @@ def test_device_without_a_model_is_live_and_says_that_it_is_not_ready(tmp_path: 
     with AgentProcess(tmp_path) as bare:
         answer = httpx.get(bare.url + "/v2/health/ready")
         assert (answer.status_code, answer.json()) == (503, {"ready": False})
-        assert_refused(httpx.post(bare.url + INFER, json=GOOD), 503, "no model yet")
+        assert_refused(httpx.post(bare.url + INFER, json=GOOD), 503, "waits for its first release")
         assert bare.ask("POST", "/v1/samples", json={"samples": [{"x": [1], "y": 0}]}).is_success
         assert bare.status()["ready"] is False

@@ -33,7 +33,7 @@ def test_no_request_fails_and_every_answer_is_of_the_version_it_names(tmp_path: 
         engine, port = Engine("tiny"), find_free_port()
         device = Device(
             agent_version="1",
-            get_model=lambda: engine.active,
+            models=engine,
             add_samples=lambda samples: [],
             build_inputs=lambda rows: {},
             get_status=dict,

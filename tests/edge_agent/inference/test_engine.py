@@ -26,7 +26,8 @@ def load(tmp_path: Path, version: int) -> ServedModel:
 
 
 def build_pair(tmp_path: Path, *, weight: float = 0.0, shadow: bool = False) -> Engine:
-    engine = Engine("tiny", rivalry=Rivalry(model=load(tmp_path, 2), weight=weight, shadow=shadow))
+    engine = Engine("tiny")
+    engine.challenge(Rivalry(model=load(tmp_path, 2), weight=weight, shadow=shadow))
     engine.activate(load(tmp_path, 1))
     return engine
 
@@ -82,7 +83,8 @@ def test_whole_weights_leave_nothing_to_chance(tmp_path: Path, weight: float, ve
 
 def test_challenger_of_other_tensors_or_the_same_version_is_left_out(tmp_path: Path) -> None:
     rival = load(tmp_path, 2)
-    engine = Engine("tiny", rivalry=Rivalry(model=rival, weight=1.0))
+    engine = Engine("tiny")
+    engine.challenge(Rivalry(model=rival, weight=1.0))
     engine.activate(load(tmp_path / "other", 2))
     assert len(engine.list_models()) == 1
     champion = load(tmp_path, 1)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent.monitor.latency import LatencyHistogram, compute_quantile, subtract
-from edge_agent.monitor.telemetry import build_metrics, build_telemetry, read_rss_mb
+from edge_agent.monitor.telemetry import build_telemetry, read_rss_mb
 
 
 @given(st.lists(st.floats(2e-6, 50), min_size=1, max_size=200), st.sampled_from([0.5, 0.9, 0.99, 1.0]))
@@ -39,18 +39,6 @@ def test_no_latency_is_beyond_the_histogram(seconds: float) -> None:
     histogram = LatencyHistogram()
     histogram.record(seconds)
     assert sum(histogram.snapshot()) == 1
-
-
-def test_metrics_are_cumulative_buckets() -> None:
-    histogram = LatencyHistogram()
-    for seconds in (1e-5, 1e-3, 1.0):
-        histogram.record(seconds)
-    text = build_metrics(latencies=histogram.snapshot(), sum_s=histogram.sum_s, failures=4, rss_mb=80, manifest=None)
-    lines = [line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("edge_agent_inference_seconds_b")]
-    counts = [int(count) for _, count in lines]
-    assert counts == sorted(counts)
-    assert counts[-1] == 3
-    assert "edge_agent_inference_failures_total 4" in text
 
 
 def test_resident_memory_is_that_of_this_process() -> None:

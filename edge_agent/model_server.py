@@ -1,0 +1,99 @@
+"""What answers, and what is measured of it: the part that the device service and `edge-agent serve` share."""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+from edge_agent.errors import StalledError
+from edge_agent.http.app import App
+from edge_agent.http.server import HttpServer
+from edge_agent.inference.engine import Engine, Rivalry
+from edge_agent.inference.memory import give_back
+from edge_agent.inference.model import load_model, load_version
+from edge_agent.monitor.latency import LatencyHistogram
+from edge_agent.monitor.metrics import build_metrics
+from edge_agent.monitor.telemetry import read_rss_mb
+from models.contract.manifest import ModelManifest
+
+
+def find_agent_version() -> str:
+    """Return the version of the installed distribution."""
+    try:
+        return importlib.metadata.version("edge-fl")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
+class ModelServer:
+    """The versions of one model behind one API.
+
+    Attributes:
+        failures: Inference requests refused so far.
+    """
+
+    def __init__(self, name: str, *, load_again: Callable[[], None] | None = None) -> None:
+        self.engine = Engine(name, load_again=load_again)
+        self.latencies = LatencyHistogram()
+        self.failures = 0
+
+    def adopt(self, directory: Path, manifest: ModelManifest) -> None:
+        """Load a verified version and answer with it from now on; blocks, and may run on any thread.
+
+        Raises:
+            StalledError: It does not load or run; what answered before answers on.
+        """
+        self.engine.activate(load_model(directory, manifest))
+        give_back()
+
+    def challenge(self, directory: Path, *, weight: float, shadow: bool) -> None:
+        """Set the version in `directory` beside the champion; blocks.
+
+        Raises:
+            StalledError: It is no version of this model, or does not load or run.
+            MalformedError: It has no manifest.
+        """
+        model = load_version(directory)
+        if model.manifest.model != self.engine.name:
+            raise StalledError(
+                f"{directory}: a version of {model.manifest.model!r}, expected one of {self.engine.name!r}"
+            )
+        self.engine.challenge(Rivalry(model=model, weight=weight, shadow=shadow))
+
+    def count_failure(self) -> None:
+        self.failures += 1
+
+    def build_metrics(self) -> str:
+        """Return everything measured here as Prometheus text."""
+        return build_metrics(
+            latencies=self.latencies.snapshot(),
+            sum_s=self.latencies.sum_s,
+            failures=self.failures,
+            rss_mb=read_rss_mb(),
+            model=self.engine.name,
+            versions=[(model.manifest.version, model.statistics.snapshot()) for model in self.engine.list_models()],
+            comparison=self.engine.snapshot_shadow(),
+        )
+
+    @contextlib.asynccontextmanager
+    async def answer(
+        self, app: App, sockets: Sequence[socket.socket], *, on_end: Callable[[], None]
+    ) -> AsyncIterator[None]:
+        """Answer on `sockets` within the context; requests under way at its end are answered first.
+
+        Args:
+            app: What answers.
+            sockets: Bound.
+            on_end: Called when the server has ended, whatever the reason.
+        """
+        server = HttpServer(app, sockets)
+        serving = asyncio.create_task(server.serve())
+        serving.add_done_callback(lambda _task: on_end())
+        await server.wait_listening()
+        try:
+            yield
+        finally:
+            server.stop()
+            await serving
