@@ -130,8 +130,10 @@ def load_model(directory: Path, manifest: ModelManifest) -> ServedModel:
 
 
 def _open_backend(runtime: Runtime, path: Path) -> Backend:
-    if runtime != "onnx":
-        raise StalledError(f"{path.name}: this agent runs ONNX graphs, not {runtime}")
+    if runtime == "tflite":
+        from edge_agent.inference.tflite_backend import TfliteBackend
+
+        return TfliteBackend(path)
     from edge_agent.inference.onnx_backend import OnnxBackend
 
     return OnnxBackend(path)
