@@ -23,6 +23,7 @@ def main() -> int:
     if unknown := set(arguments.names) - set(names):
         parser.error(f"{min(unknown)!r} is none of {', '.join(names)}")
     figures: dict[str, dict[str, float]] = {}
+    load = os.getloadavg()[0]
     for name in arguments.names or names:
         started = time.monotonic()
         figures[name] = importlib.import_module(f"tests.bench.{name}").run()
@@ -30,7 +31,12 @@ def main() -> int:
         for key, value in figures[name].items():
             print(f"  {key:<48} {value:>12.4g}")
     if arguments.out:
-        machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()}
+        machine = {
+            "cpus": os.cpu_count(),
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "load_average_before": load,  # neighbours on shared cores make every absolute figure worse
+        }
         arguments.out.write_text(json.dumps({"machine": machine, **figures}, indent=1) + "\n")
     return 0
 

@@ -1,0 +1,196 @@
+"""Serving beside its floor, the bare runtime in this process, and beside its peers, in the same minutes.
+
+Every figure is a median of short measurements taken in turn. The load generator is a process of its own on the
+same cores as the server: a server that leaves it little time looks slower than it is, all of them alike.
+"""
+
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from edge_agent.errors import StalledError
+from edge_agent.inference.model import load_version
+from tests.bench.load import Address, Load, measure
+from tests.bench.peers import prepare_peers, running_peer
+from tests.bench.servers import Server, build_binary_request, build_json_request, check_answers, running_agent
+from tests.bench.versions import REPOSITORY, BenchVersion, build_version, feeds
+
+TURNS = 3
+SECONDS = 2.0  # of one measurement under load
+CALLS_S = 0.5  # of calls in this process, beside it
+CALLS_TURNS = 11
+CONNECTIONS = (1, 8, 64)
+LITERT_DIR = REPOSITORY / "tests" / "data" / "tflite-version"
+
+Call = Callable[[], object]
+
+
+def run() -> dict[str, float]:
+    digits = build_version("digits")
+    figures = measure_in_process(digits) | measure_litert()
+    with running_all(digits) as (agent, peers):
+        figures |= measure_json(digits, {"agent": agent, **peers})
+        figures |= measure_binary(digits, agent)
+    if peers:
+        least = min(figures[f"{peer}_json_64_p99_us"] for peer in peers)
+        figures["json_64_connections_p99_to_best_peer_ratio"] = figures["agent_json_64_p99_us"] / least
+        figures["binary_64_connections_p99_to_best_peer_ratio"] = figures["agent_binary_64_p99_us"] / least
+    return figures | measure_large(build_version("large"))
+
+
+def measure_in_process(version: BenchVersion) -> dict[str, float]:
+    """Compare the engine's `infer` with the session's own `run`."""
+    model, raw, inputs = load_version(version.directory), open_raw(version), feeds(version)
+    return _compare_calls("in_process", lambda: model.infer(inputs), "raw_run", lambda: raw.run(None, inputs))
+
+
+def measure_litert() -> dict[str, float]:
+    """Compare `infer` of a TFLite version with the interpreter's own set, invoke and get."""
+    try:
+        model = load_version(LITERT_DIR)
+        from ai_edge_litert.interpreter import Interpreter
+    except (ImportError, StalledError) as error:
+        print(f"without LiteRT: {error}", file=sys.stderr)
+        return {}
+    raw = Interpreter(str(LITERT_DIR / "inference.tflite"), num_threads=1)
+    raw.allocate_tensors()
+    place, out = raw.get_input_details()[0]["index"], raw.get_output_details()[0]["index"]
+    spec = model.manifest.inputs[0]
+    row = np.ones((1, *spec.row_shape), spec.dtype)
+
+    def invoke() -> object:
+        raw.set_tensor(place, row)
+        raw.invoke()
+        return raw.get_tensor(out)
+
+    return _compare_calls("litert_in_process", lambda: model.infer({spec.name: row}), "raw_invoke", invoke)
+
+
+@contextlib.contextmanager
+def running_all(version: BenchVersion) -> Iterator[tuple[Server, dict[str, Server]]]:
+    """Serve `version` by the agent and by every peer there is, each of which answers as it should."""
+    request = build_json_request(version)
+    expected = open_raw(version).run(None, feeds(version))[0]
+    with contextlib.ExitStack() as stack:
+
+        def make_directory() -> Path:
+            return Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+        agent = stack.enter_context(running_agent(version.directory, make_directory()))
+        peers = {
+            name: stack.enter_context(running_peer(peer, version, make_directory()))
+            for name, peer in prepare_peers().items()
+        }
+        for server in (agent, *peers.values()):
+            check_answers(server, version, request, expected)
+        check_answers(agent, version, build_binary_request(version), expected)
+        yield agent, peers
+
+
+def measure_json(version: BenchVersion, servers: Mapping[str, Server]) -> dict[str, float]:
+    """Compare the agent with its peers, all of them with the same request."""
+    request = build_json_request(version)
+    figures: dict[str, float] = {}
+    for count in CONNECTIONS:
+        taken: dict[str, list[Load]] = {name: [] for name in servers}
+        for _ in range(TURNS):
+            for name, server in servers.items():
+                taken[name].append(measure(server.tcp, request, connections=count, seconds=SECONDS))
+        for name, loads in taken.items():
+            figures |= _describe(f"{name}_json_{count}", loads)
+        for name in servers:
+            if name != "agent":
+                ratio = figures[f"agent_json_{count}_per_s"] / figures[f"{name}_json_{count}_per_s"]
+                figures[f"json_{count}_connections_to_{name}_ratio"] = ratio
+    return figures
+
+
+def measure_binary(version: BenchVersion, agent: Server) -> dict[str, float]:
+    """Compare binary tensors over TCP and the Unix socket with calls in this process."""
+    request, raw, model = build_binary_request(version), open_raw(version), load_version(version.directory)
+    inputs = feeds(version)
+    figures: dict[str, float] = {}
+    for count in CONNECTIONS:
+        loads, calls = _load_beside(lambda: raw.run(None, inputs), agent.tcp, request, count)
+        figures |= _describe(f"agent_binary_{count}", loads)
+        figures[f"binary_{count}_connections_to_raw_ratio"] = _compare_rates(loads, calls)
+    loads, calls = _load_beside(lambda: model.infer(inputs), str(agent.uds), request, 1)
+    figures |= _describe("agent_binary_uds_1", loads)
+    ratios = [load.p50_us / 1e6 / statistics.median(durations) for load, durations in zip(loads, calls, strict=True)]
+    return figures | {"uds_1_connection_p50_to_in_process_ratio": statistics.median(ratios)}
+
+
+def measure_large(version: BenchVersion) -> dict[str, float]:
+    """Compare a model whose own time counts, 4.6 MB of float32, with the bare session."""
+    request, raw, inputs = build_binary_request(version), open_raw(version), feeds(version)
+    with tempfile.TemporaryDirectory() as directory, running_agent(version.directory, Path(directory)) as agent:
+        check_answers(agent, version, request, raw.run(None, inputs)[0])
+        loads, calls = _load_beside(lambda: raw.run(None, inputs), agent.tcp, request, 8)
+    figures = _describe("agent_large_binary_8", loads)
+    return figures | {"large_binary_8_connections_to_raw_ratio": _compare_rates(loads, calls)}
+
+
+def open_raw(version: BenchVersion) -> ort.InferenceSession:
+    """Return the graph as a user of onnxruntime would open it on a small device."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(version.directory / version.manifest.inference_name, options)
+
+
+def time_calls(call: Call, seconds: float) -> list[float]:
+    """Return how long each call took, s."""
+    durations, begun_s = [], time.perf_counter()
+    end_s = begun_s + seconds
+    while begun_s < end_s:
+        call()
+        now_s = time.perf_counter()
+        durations.append(now_s - begun_s)
+        begun_s = now_s
+    return durations
+
+
+def _compare_calls(name: str, call: Call, raw_name: str, raw: Call) -> dict[str, float]:
+    times, raw_times = [], []
+    for _ in range(CALLS_TURNS):
+        times.append(statistics.median(time_calls(call, CALLS_S / 5)))
+        raw_times.append(statistics.median(time_calls(raw, CALLS_S / 5)))
+    ratios: list[Any] = [one / other for one, other in zip(times, raw_times, strict=True)]
+    return {
+        f"{name}_infer_us": statistics.median(times) * 1e6,
+        f"{name}_{raw_name}_us": statistics.median(raw_times) * 1e6,
+        f"{name}_infer_to_{raw_name}_ratio": statistics.median(ratios),
+    }
+
+
+def _load_beside(
+    call: Call, address: Address, request: bytes, connections: int
+) -> tuple[list[Load], list[list[float]]]:
+    """Return what load on a server, and calls in this process, took in turn."""
+    loads, calls = [], []
+    for _ in range(TURNS):
+        calls.append(time_calls(call, CALLS_S))
+        loads.append(measure(address, request, connections=connections, seconds=SECONDS))
+    return loads, calls
+
+
+def _compare_rates(loads: list[Load], calls: list[list[float]]) -> float:
+    return statistics.median(load.rate * statistics.fmean(taken) for load, taken in zip(loads, calls, strict=True))
+
+
+def _describe(name: str, loads: list[Load]) -> dict[str, float]:
+    failures = sum(load.failures for load in loads)
+    assert failures == 0, f"{name}: {failures} requests failed"
+    return {
+        f"{name}_per_s": statistics.median(load.rate for load in loads),
+        f"{name}_p50_us": statistics.median(load.p50_us for load in loads),
+        f"{name}_p99_us": statistics.median(load.p99_us for load in loads),
+        f"{name}_load_generator_cpu_share": statistics.median(load.cpu_share for load in loads),
+    }
