@@ -66,7 +66,6 @@ def test_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         (GOOD + "[serving]\nchallenger = 'c'\nweight = 1.5\n", "serving.weight"),
         (GOOD + "[serving]\nchallenger = 'c'\nweight = 0.5\nshadow = true\n", "not both"),
         (GOOD + "[serving]\nshadow = true\n", "serving.challenger"),
-        (GOOD + "[serving]\nmax_queue = 0\n", "serving.max_queue"),
         (GOOD + "[privacy]\nepsilon_limit = 'NaN'\n", "privacy.epsilon_limit"),
         (GOOD + "[privacy]\ndelta = '1'\n", "privacy.delta"),
         (GOOD + "[privacy]\nnoise_multiplier_limit = '-1'\n", "privacy.noise_multiplier_limit"),

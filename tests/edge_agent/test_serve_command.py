@@ -78,6 +78,21 @@ def test_shadow_challenger_answers_nobody(tmp_path: Path) -> None:
         assert versions == {"1"}
 
 
+def test_weighted_challenger_answers_its_share_and_a_key_keeps_its_side(tmp_path: Path) -> None:
+    save_version(tmp_path / "v1", version=1)
+    save_version(tmp_path / "v2", version=2)
+    with serving(str(tmp_path / "v1"), "--challenger", str(tmp_path / "v2"), "--weight", "0.5") as (url, _):
+        infer = f"{url}/v2/models/tiny/infer"
+        by_key = {
+            key: {httpx.post(infer, json=BODY, headers={"Edge-Key": key}).json()["model_version"] for _ in range(3)}
+            for key in map(str, range(40))
+        }
+        assert all(len(versions) == 1 for versions in by_key.values())
+        assert 5 < sum(versions == {"2"} for versions in by_key.values()) < 35
+        index = httpx.post(f"{url}/v2/repository/index").json()
+        assert [row["version"] for row in index] == ["1", "2"]
+
+
 def test_what_cannot_be_served_is_one_line_and_exit_2(tmp_path: Path) -> None:
     save_version(tmp_path / "v")
     save_version(tmp_path / "altered")

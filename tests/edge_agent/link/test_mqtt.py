@@ -66,9 +66,10 @@ def observer(broker: Mosquitto) -> Iterator[Observer]:
 def test_messages_go_both_ways(broker: Mosquitto, observer: Observer) -> None:
     async def scenario() -> None:
         async with connected(broker.port) as receiver:
-            observer.publish("in", b"hello")
-            observer.publish("in/more", b"there")
-            observer.publish("elsewhere", b"not ours")
+            # Retained: connected comes before the broker has taken the subscriptions.
+            observer.publish("in", b"hello", retain=True)
+            observer.publish("in/more", b"there", retain=True)
+            observer.publish("elsewhere", b"not ours", retain=True)
             await until(lambda: len(receiver.messages) == 2, "both messages")
             assert receiver.link.publish(Publication(topic="out", payload=b"{}", retain=True))
             await until(lambda: observer.seen("out"), "our message")

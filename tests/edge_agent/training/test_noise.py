@@ -51,7 +51,7 @@ def test_any_count_of_values_is_drawn(count):
 
 
 @pytest.mark.parametrize("byte", [b"\x00", b"\xff"])
-def test_extreme_entropy_gives_finite_noise(byte):
+def test_extreme_keys_give_finite_noise(byte):
     assert np.isfinite(draw_gaussian(10, 1.0, lambda size: byte * size)).all()
 
 
