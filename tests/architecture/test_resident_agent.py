@@ -50,7 +50,10 @@ def test_agent_serves_with_the_training_stack_blocked(tmp_path: Path) -> None:
         assert process.wait(30) == 0
 
 
-@pytest.mark.parametrize("module", ["edge_agent.agent", "edge_agent.updates.fetcher", "edge_agent.link.commands", "edge_agent.training.ledger"])
+@pytest.mark.parametrize(
+    "module",
+    ["edge_agent.agent", "edge_agent.updates.fetcher", "edge_agent.link.commands", "edge_agent.training.ledger"],
+)
 def test_what_the_agent_may_import_later_is_free_of_the_training_stack(module: str) -> None:
     code = f"{PRELUDE}\nimport {module}\nassert not [name for name in {BLOCKED!r} if sys.modules.get(name)]"
     subprocess.run(

@@ -4,11 +4,15 @@ import json
 import resource
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import pytest
 
-from tests.simulators.agent import MODEL, AgentProcess, install_version
+from tests.simulators.agent import MODEL, AgentProcess, install_version, stage_version
+from tests.simulators.hostile_models import build_endless, build_greedy
+from tests.simulators.waiting import wait_until
 
 INFER = f"/v2/models/{MODEL}/infer"
 GOOD = {"inputs": [{"name": "features", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
@@ -26,6 +30,22 @@ def limit_files(device: AgentProcess, size_bytes: int) -> None:
     """Let no file of the agent grow beyond `size_bytes`: its writes fail as on a full disk."""
     _, hard = resource.prlimit(device.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(device.pid, resource.RLIMIT_FSIZE, (size_bytes, hard))
+
+
+@pytest.mark.parametrize("build", [build_greedy, build_endless], ids=["64 GB", "endless"])
+def test_hostile_release_ends_in_a_child_while_the_model_answers(tmp_path: Path, build: Callable[[], bytes]) -> None:
+    device = build_device(tmp_path)
+    stage_version(device.state_dir, 2, graph=build())
+    with device:
+        wait_until(
+            lambda: "rolled back and never tried again" in device.log_path.read_text(), "the trial", timeout_s=90
+        )
+        answer = httpx.post(device.url + INFER, json=GOOD)
+        assert answer.json()["model_version"] == "1"
+        assert "tried again: " in (log := device.log_path.read_text())
+        assert "Traceback" not in log
+        assert device.status()["version"] == 1
+        assert device.status()["rss_mb"] < 300
 
 
 def test_full_disk_refuses_samples_keeps_acknowledged_ones_and_answers(tmp_path: Path) -> None:

@@ -104,8 +104,22 @@ def install_version(
     state_dir: Path, version: int = 1, *, trainable: bool = False, features: tuple[Feature, ...] = ()
 ) -> None:
     """Put a tiny version into a slot, as an update does."""
+    slots = stage_version(state_dir, version, trainable=trainable, features=features)
+    slots.begin_try()
+    slots.commit()
+
+
+def stage_version(
+    state_dir: Path,
+    version: int,
+    *,
+    graph: bytes | None = None,
+    trainable: bool = False,
+    features: tuple[Feature, ...] = (),
+) -> Slots:
+    """Put a tiny version into the idle slot, to be tried with the agent's next start."""
     source = state_dir.parent / f"version-{version}"
-    manifest = save_version(source, version=version, trainable=trainable, features=features)
+    manifest = save_version(source, version=version, graph=graph, trainable=trainable, features=features)
     names = {entry.digest: name for name, entry in manifest.files.items()}
     slots = Slots(state_dir / "slots")
     slots.stage(
@@ -113,8 +127,7 @@ def install_version(
         manifest.files,
         lambda entry: iter([(source / names[entry.digest]).read_bytes()]),
     )
-    slots.begin_try()
-    slots.commit()
+    return slots
 
 
 def find_free_port() -> int:

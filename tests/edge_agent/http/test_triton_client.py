@@ -9,20 +9,24 @@ import pytest
 
 from models.tensors.spec import DTYPES
 from tests.simulators.echo_model import save_echo_version
+from tests.simulators.environments import prepare_python
 from tests.simulators.serve import serving_version
-from tests.simulators.triton.environment import prepare_python
 
-PROGRAM_PATH = Path(__file__).parents[2] / "simulators" / "triton" / "program.py"
+TRITON_DIR = Path(__file__).parents[2] / "simulators" / "triton"
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     directory = tmp_path_factory.mktemp("triton")
     save_echo_version(directory / "echo")
-    python = prepare_python()
+    python = prepare_python("tritonclient", TRITON_DIR / "pins.txt")
     with serving_version(directory / "echo", directory / "log") as (address, _):
         asked = subprocess.run(
-            [python, PROGRAM_PATH, "http", address], capture_output=True, text=True, timeout=60, check=False
+            [python, TRITON_DIR / "program.py", "http", address],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
     assert asked.returncode == 0, asked.stderr
     document: dict[str, Any] = json.loads(asked.stdout)

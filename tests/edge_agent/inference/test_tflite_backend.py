@@ -1,5 +1,6 @@
 """What a TFLite graph answers on a device, and what is said of graphs and runtimes that do not work."""
 
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -13,10 +14,13 @@ from ai_edge_litert import schema_py_generated as schema
 from edge_agent.errors import RequestError, StalledError
 from edge_agent.inference.model import load_version
 from edge_agent.inference.tflite_backend import TfliteBackend
+from tests.simulators.environments import prepare_python
 
 DATA = Path(__file__).parents[2] / "data"
 VERSION_DIR = DATA / "tflite-version"
 GRAPH = VERSION_DIR / "inference.tflite"
+OLDER_DIR = Path(__file__).parents[2] / "simulators" / "older_tflite"
+STEP = 0.0084  # of the int8 outputs: other kernels may round one value in a hundred the other way
 LITERT, OLDER = "ai_edge_litert.interpreter", "tflite_runtime.interpreter"
 
 
@@ -165,3 +169,22 @@ def test_tflite_runtime_serves_where_litert_is_missing(older_runtime, expected) 
     older_runtime("import ai_edge_litert\nInterpreter = ai_edge_litert.interpreter.Interpreter\n")
     outputs = TfliteBackend(GRAPH).run({"image": expected["image"]})
     np.testing.assert_allclose(outputs[0], expected["logits"], atol=1e-5)
+
+
+def test_tflite_runtime_with_the_numpy_it_needs_answers_alike(tmp_path: Path, expected) -> None:
+    try:
+        python = prepare_python("older-tflite", OLDER_DIR / "pins.txt")
+    except subprocess.CalledProcessError:
+        pytest.skip("tflite-runtime 2.14 cannot be installed: the registry is out of reach, or not Python 3.11")
+    done = subprocess.run(
+        [python, OLDER_DIR / "program.py", GRAPH, DATA / "tflite-version.npz", tmp_path / "found.npz"],
+        env={"PYTHONPATH": str(DATA.parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1.26.4", "tflite_runtime"]
+    with np.load(tmp_path / "found.npz") as found:
+        for rows in (1, 5, 32):
+            np.testing.assert_allclose(found[f"logits_{rows}"], expected["logits"][:rows], atol=STEP)

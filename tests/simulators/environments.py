@@ -1,19 +1,21 @@
-"""NVIDIA's client in a virtual environment of its own below `build/`: its pins are not ours."""
+"""Virtual environments of their own below `build/`, for programs whose pins are not ours."""
 
 import hashlib
 import subprocess
 import sys
 from pathlib import Path
 
-_HERE = Path(__file__).parent
-_BUILD_DIR = _HERE.parents[2] / "build"
+_BUILD_DIR = Path(__file__).parents[2] / "build"
 
 
-def prepare_python() -> Path:
-    """Return the interpreter that has tritonclient, installed the first time."""
-    pins_path = _HERE / "pins.txt"
+def prepare_python(name: str, pins_path: Path) -> Path:
+    """Return the interpreter of environment `name`, which holds exactly the pins; installed the first time.
+
+    Raises:
+        CalledProcessError: It cannot be installed, perhaps for want of a registry.
+    """
     digest = hashlib.sha256(pins_path.read_bytes()).hexdigest()[:12]
-    directory = _BUILD_DIR / f"tritonclient-{digest}"
+    directory = _BUILD_DIR / f"{name}-{digest}"
     python, done = directory / "bin" / "python", directory / "installed"
     if not done.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", directory], check=True)

@@ -1,0 +1,76 @@
+"""Graphs that no device should run, small enough to read."""
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.simulators.tiny_models import FEATURES, INPUT, OUTPUT
+
+
+def build_model(nodes: list[onnx.NodeProto], *initializers: onnx.TensorProto, domain: str = "") -> bytes:
+    """Return a graph from the tiny model's input to its output."""
+    graph = helper.make_graph(
+        nodes,
+        "hostile",
+        [helper.make_tensor_value_info(INPUT.name, TensorProto.FLOAT, ["batch", FEATURES])],
+        [helper.make_tensor_value_info(OUTPUT.name, TensorProto.FLOAT, ["batch", 3])],
+        list(initializers),
+    )
+    opsets = [helper.make_opsetid("", 17), *([helper.make_opsetid(domain, 1)] if domain else [])]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+
+
+def build_endless() -> bytes:
+    """Return a graph that counts to 2 ** 62 before it answers."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["condition_in"], ["condition_out"]),
+            helper.make_node("Sin", ["carried_in"], ["carried_out"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("step", TensorProto.INT64, []),
+            helper.make_tensor_value_info("condition_in", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("carried_in", TensorProto.FLOAT, ["batch", 3]),
+        ],
+        [
+            helper.make_tensor_value_info("condition_out", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("carried_out", TensorProto.FLOAT, ["batch", 3]),
+        ],
+    )
+    return build_model(
+        [
+            helper.make_node("MatMul", [INPUT.name, "weight"], ["start"]),
+            helper.make_node("Loop", ["trips", "always", "start"], [OUTPUT.name], body=body),
+        ],
+        numpy_helper.from_array(np.ones((FEATURES, 3), np.float32), "weight"),
+        numpy_helper.from_array(np.array(2**62, np.int64), "trips"),
+        numpy_helper.from_array(np.array(True), "always"),
+    )
+
+
+def build_greedy() -> bytes:
+    """Return a graph of a few bytes that asks for 64 GB."""
+    return build_model(
+        [
+            helper.make_node("ConstantOfShape", ["shape"], ["huge"]),
+            helper.make_node("ReduceSum", ["huge"], ["sum"], keepdims=0),
+            helper.make_node("MatMul", [INPUT.name, "weight"], ["product"]),
+            helper.make_node("Add", ["product", "sum"], [OUTPUT.name]),
+        ],
+        numpy_helper.from_array(np.array([1 << 34], np.int64), "shape"),
+        numpy_helper.from_array(np.ones((FEATURES, 3), np.float32), "weight"),
+    )
+
+
+def build_external(location: str) -> bytes:
+    """Return a graph whose weight lies in another file."""
+    weight = numpy_helper.from_array(np.ones((FEATURES, 3), np.float32), "weight")
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value=location)
+    return build_model([helper.make_node("MatMul", [INPUT.name, "weight"], [OUTPUT.name])], weight)
+
+
+def build_foreign() -> bytes:
+    return build_model([helper.make_node("Steal", [INPUT.name], [OUTPUT.name], domain="evil")], domain="evil")
