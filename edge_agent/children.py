@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from edge_agent.errors import StalledError, TransientError
 
@@ -17,7 +18,11 @@ NICENESS = 15  # what answers goes first; on a busy core this still gets 3 %, an
 
 
 class DeadlineError(TransientError):
-    """A child was ended because it took too long."""
+    """A child was ended because it took too long; `cpu_s` is how much processor time it got."""
+
+    def __init__(self, message: str, *, cpu_s: float) -> None:
+        super().__init__(message)
+        self.cpu_s = cpu_s
 
 
 def run_child(module: str, *arguments: str, given: bytes = b"", deadline_s: float, niceness: int = NICENESS) -> bytes:
@@ -51,8 +56,9 @@ def run_child(module: str, *arguments: str, given: bytes = b"", deadline_s: floa
         try:
             said, _ = child.communicate(given, deadline_s)
         except subprocess.TimeoutExpired as error:
+            cpu_s = _read_cpu_s(child.pid)
             child.kill()
-            raise DeadlineError(f"not done within {deadline_s:g} s") from error
+            raise DeadlineError(f"not done within {deadline_s:g} s", cpu_s=cpu_s) from error
     if child.returncode:
         reason = " ".join(said.decode(errors="replace").split())[:_SAID_MAX_CHARS]
         raise StalledError(reason or _describe_end(child.returncode))
@@ -74,6 +80,11 @@ def bound_this_process(*, memory_bytes: int, cpu_s: int, writes: bool) -> None:
         _, hard = resource.getrlimit(limit)
         allowed = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(limit, (allowed, allowed))
+
+
+def _read_cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _describe_end(code: int) -> str:

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 from edge_agent.children import NICENESS, DeadlineError, bound_this_process, run_child
-from edge_agent.errors import AgentError, StalledError
+from edge_agent.errors import AgentError, StalledError, TransientError
 from models.contract.errors import ContractError
 
 DEADLINE_S = 50.0  # loading and a few small runs take 0.3 s of processor time, on a busy device 10 s
 _CPU_S = 30  # a model that needs more is of no use on a device
+_BUSY_SHARE = 0.1  # of a processor; a version that got less has not shown anything
 _FREE_BYTES = 1024**3
 _BYTES_PER_FILE_BYTE = 8  # a graph is read, parsed, packed and optimised
 
@@ -27,11 +28,15 @@ def try_in_sandbox(directory: Path, *, deadline_s: float = DEADLINE_S, niceness:
 
     Raises:
         StalledError: It cannot; the message says how it failed.
-        TransientError: This machine cannot start a process now.
+        TransientError: This machine has no process or no time for it now.
     """
     try:
         run_child("edge_agent.inference.sandbox", str(directory), deadline_s=deadline_s, niceness=niceness)
     except DeadlineError as error:
+        if error.cpu_s < _BUSY_SHARE * deadline_s:
+            raise TransientError(
+                f"this device is too busy to try it: {error.cpu_s:.1f} s in {deadline_s:g} s"
+            ) from error
         raise StalledError(f"not loaded and run within {deadline_s:g} s") from error
 
 

@@ -23,7 +23,7 @@ def test_answered_request_and_its_truth_become_a_sample_with_consent(tmp_path: P
         assert device.status()["samples"] == 1
         assert device.ask("POST", "/v1/feedback", json={"id": ours, "target": 2}).status_code in (404, 410)
         assert device.ask("POST", "/v1/feedback", json={"target": 2}).status_code == 400
-        assert httpx.post(f"{device.url}/v1/feedback", json={"id": ours, "target": 2}).status_code == 403
+        assert httpx.post(f"{device.url}/v1/feedback", json={"id": ours, "target": 2}).status_code == 401
 
 
 def test_without_consent_nothing_is_remembered_and_the_key_is_named(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.errors import StalledError
+from edge_agent.errors import StalledError, TransientError
 from edge_agent.inference.sandbox import try_in_sandbox
 from tests.simulators.hostile_models import build_endless, build_external, build_foreign, build_greedy
 from tests.simulators.tiny_models import FEATURES, build_graph, save_version
@@ -45,6 +45,15 @@ def test_graph_without_end_is_ended(tmp_path: Path) -> None:
     save_version(tmp_path / "v", graph=build_endless())
     with pytest.raises(StalledError, match="within 4 s"):
         try_in_sandbox(tmp_path / "v", deadline_s=4.0)
+
+
+def test_device_that_is_too_busy_to_try_a_version_says_nothing_of_it(tmp_path: Path) -> None:
+    save_version(tmp_path / "v")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "v" / "inference.onnx").unlink()
+    (tmp_path / "v" / "inference.onnx").symlink_to(tmp_path / "pipe")  # whoever opens it waits, and takes no time
+    with pytest.raises(TransientError, match="too busy"):
+        try_in_sandbox(tmp_path / "v", deadline_s=8.0)
 
 
 def test_good_version_passes_and_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.errors import TransientError
 from edge_agent.updates.machine import Phase
 from fl_server.rollout.repository import _build_target
 from models.contract.encoding import build_digest
@@ -202,6 +203,33 @@ def test_unhealthy_version_is_rolled_back_and_never_fetched_again(
         assert len(again.events) == seen
     third_dir = server.write_version(3, b"three")
     assert device.receive(server.release(third_dir))[-1] is EventKind.UPDATED
+
+
+def test_device_that_is_too_busy_for_a_trial_tries_again_later(
+    broker: MemoryBroker, server: ReleaseServer, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.receive(server.release(server.write_version(1, b"one")))
+    offer = server.release(server.write_version(2, b"two"))
+    again = restart(device, broker, server, retry_delay_s=0.01)
+    busy = iter([True, True])
+
+    def try_version(directory: Path, manifest: ModelManifest) -> None:
+        if next(busy, False):
+            raise TransientError("this device is too busy")
+        again.try_version(directory, manifest)
+
+    monkeypatch.setattr(again.updater._probation, "_try_version", try_version)
+
+    async def receive() -> None:
+        await again.updater.start()
+        await again.updater.handle_offer(offer)
+        assert (again.version, again.updater.phase) == (1, Phase.IDLE)
+        await until(lambda: again.version == 2)
+        await again.updater.close()
+
+    asyncio.run(receive())
+    assert [message for kind, message, _ in again.events if kind is EventKind.FAILED] == ["this device is too busy"] * 2
+    assert not again.updater._slots.rejected
 
 
 def test_rolling_back_the_fleet_needs_no_download(broker: MemoryBroker, server: ReleaseServer, device: Device) -> None:
