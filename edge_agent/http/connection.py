@@ -6,8 +6,6 @@ Whatever cannot be read as a request ends the connection after a last answer, wh
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Final, cast
 
@@ -15,41 +13,12 @@ import httptools
 
 from edge_agent.errors import RequestError
 from edge_agent.http.answers import Answer, answer_error
+from edge_agent.http.listener import Listener
 
 _REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
 _CLOSE: Final = b"connection: close\r\n"
 _KEEP: Final = b"connection: keep-alive\r\n"
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-_FRESH_S = 1.0  # a connection younger than this is not closed to make room for another
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What callers may take of this process.
-
-    Attributes:
-        body_bytes: Of one body; 1300 images of 28 x 28 as JSON.
-        bodies_bytes: Of all bodies under way on one socket.
-        head_bytes: Of a request line and its headers.
-        headers: Of one request.
-        connections: At once on one socket.
-        request_s: For a whole request from its first byte; over a loopback or Unix socket 4 MiB take milliseconds.
-        keep_alive_s: Between two requests, as nginx; integrators keep a pool of connections.
-        write_s: For a client to take what it asked for.
-        linger_s: For a client to read the last answer before its connection is reset.
-        drain_s: For what is under way when the server stops; systemd gives the whole agent 90 s.
-    """
-
-    body_bytes: int = 4 * 1024 * 1024
-    bodies_bytes: int = 32 * 1024 * 1024
-    head_bytes: int = 16 * 1024
-    headers: int = 64
-    connections: int = 384
-    request_s: float = 10.0
-    keep_alive_s: float = 75.0
-    write_s: float = 30.0
-    linger_s: float = 2.0
-    drain_s: float = 10.0
 
 
 class Request:
@@ -75,37 +44,6 @@ class Request:
     def reply(self, answer: Answer) -> None:
         """Send the answer, unless the client has gone."""
         self._connection.finish(self, answer)
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Listener:
-    """What the connections of one listening socket share.
-
-    Attributes:
-        handle: Answers a request, now or later.
-        is_local: Whether they come over the Unix socket.
-        date: Header line of every answer.
-        buffered_bytes: Of bodies under way.
-    """
-
-    handle: Callable[[Request], None]
-    limits: Limits
-    is_local: bool
-    date: bytes = b""
-    buffered_bytes: int = 0
-    is_draining: bool = False
-    connections: set["Connection"] = field(default_factory=set)
-
-    def admits(self, now_s: float) -> bool:
-        """Return whether there is room for one more connection, if need be in place of one that only waits."""
-        if len(self.connections) < self.limits.connections:
-            return True
-        waiting = (each for each in self.connections if each.is_waiting and now_s - each.since_s > _FRESH_S)
-        oldest = min(waiting, key=lambda each: each.since_s, default=None)
-        if oldest is None:
-            return False
-        oldest.abort()
-        return True
 
 
 class Connection(asyncio.Protocol):
@@ -139,7 +77,7 @@ class Connection(asyncio.Protocol):
         "since_s",
     )
 
-    def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, listener: "Listener[Request]", loop: asyncio.AbstractEventLoop) -> None:
         self._listener, self._limits, self._loop = listener, listener.limits, loop
         self.is_local = listener.is_local
         self.since_s = loop.time()

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from edge_agent.http.connection import Connection, Limits, Listener, Request
+from edge_agent.http.connection import Connection, Request
+from edge_agent.http.listener import Limits, Listener
 from models.contract.settings import SettingsError
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class HttpServer:
                 connection.abort()
 
 
-async def _listen(bound: socket.socket, listener: Listener) -> asyncio.Server:
+async def _listen(bound: socket.socket, listener: Listener[Request]) -> asyncio.Server:
     loop = asyncio.get_running_loop()
 
     def connect() -> Connection:

@@ -11,8 +11,8 @@ import httpx
 import numpy as np
 import pytest
 
-from edge_agent.http.connection import Limits
 from edge_agent.http.guard import TOKEN_NAME
+from edge_agent.http.listener import Limits
 from edge_agent.http.oip import ROWS_MAX
 from tests.simulators.agent import MODEL, AgentProcess, install_version
 from tests.simulators.tiny_models import FEATURES

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_agent.http.answers import Answer
-from edge_agent.http.connection import Connection, Limits, Request
+from edge_agent.http.connection import Request
+from edge_agent.http.listener import Limits, Waiting
 from edge_agent.http.server import HttpServer
 from tests.simulators.waiting import wait_until
 
@@ -56,11 +57,12 @@ class Site:
         self._thread.join(10)
         assert not self._thread.is_alive()
 
-    def list_connections(self) -> list[Connection]:
+    def list_connections(self) -> list[Waiting]:
         return [each for _, listener in self._server._listeners for each in listener.connections]
 
     def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._server.stop)
+        with contextlib.suppress(RuntimeError):  # it has ended already
+            self._loop.call_soon_threadsafe(self._server.stop)
 
     def call(self, function: Callable[[], object]) -> None:
         done = threading.Event()
