@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fl_server.errors import DefinitionError, ServerError, UsageError
 from fl_server.packaging.architecture import (
@@ -26,6 +27,7 @@ from fl_server.packaging.architecture import (
     load_architecture,
     save_architecture_document,
 )
+from fl_server.packaging.clipping import Step
 from fl_server.packaging.decompositions import DECOMPOSITIONS
 from fl_server.packaging.graphs import (
     bind_inputs,
@@ -36,9 +38,9 @@ from fl_server.packaging.graphs import (
     save_graph,
     strip_metadata,
 )
-from fl_server.packaging.source import Source, check_source, load_source, say
+from fl_server.packaging.source import Source, derive_step, load_source, say
 from fl_server.packaging.staging import staged_directory
-from fl_server.packaging.training_step import Step, build_evaluation, build_training_step, find_layers
+from fl_server.packaging.training_step import build_evaluation
 from models.contract.manifest import EVALUATE_NAME, TRAIN_STEP_NAME, TrainingContract
 from models.definitions import ModelDefinition
 from models.tensors.layout import Layout
@@ -86,18 +88,22 @@ def export_architecture(definition: ModelDefinition, directory: Path, *, seed: i
 
 def _export_all(source: Source, staging: Path) -> None:
     definition, parameters = source.definition, source.parameters
-    step = build_training_step(source.module, source.losses)
+    step, reason = derive_step(source)
     evaluation = build_evaluation(source.module, source.losses)
-    check_source(source, step)
     mask, clipping_norm = torch.ones(definition.batch), torch.tensor(_CLIPPING_NORM)
     names = list(parameters)
-    _export_traced(
-        step,
-        dict(zip(["x", "y", "mask", "clipping_norm", *names],
-                 [source.x, source.y, mask, clipping_norm, *parameters.values()], strict=True)),
-        [*(f"sum/{name}" for name in names), "norms"],
-        staging / TRAIN_STEP_NAME,
-    )  # fmt: skip
+    try:
+        _export_traced(
+            step,
+            dict(zip(["x", "y", "mask", "clipping_norm", *names],
+                     [source.x, source.y, mask, clipping_norm, *parameters.values()], strict=True)),
+            [*(f"sum/{name}" for name in names), "norms"],
+            staging / TRAIN_STEP_NAME,
+        )  # fmt: skip
+    except DefinitionError as error:
+        raise (
+            DefinitionError(f"{error}; one gradient a sample was tried because {reason}") if reason else error
+        ) from error
     _export_traced(
         evaluation,
         dict(zip(["x", "y", "mask", *names], [source.x, source.y, mask, *parameters.values()], strict=True)),
@@ -106,7 +112,7 @@ def _export_all(source: Source, staging: Path) -> None:
     )
     _export_float(source, staging / FLOAT_NAME)
     save_file({name: value.numpy() for name, value in source.initial_parameters.items()}, staging / INITIAL_NAME)
-    has_embedding = any(isinstance(layer, nn.Embedding) for layer in find_layers(source.module).values())
+    has_tables = any(isinstance(layer, nn.Embedding | nn.RNNBase) for layer in source.module.modules())
     document = ArchitectureDocument(
         model=definition.name,
         inputs=definition.inputs,
@@ -119,7 +125,7 @@ def _export_all(source: Source, staging: Path) -> None:
             target=source.target,
             metric=definition.metric if isinstance(definition.metric, str) else definition.metric.__name__,
         ),
-        quantization="dynamic" if has_embedding else "static",
+        quantization="dynamic" if has_tables else "static",
         prefer=definition.prefer,
         logit_tolerance=definition.logit_tolerance,
     )
@@ -130,7 +136,9 @@ def _export_traced(step: Step, feeds: dict[str, Tensor], output_names: list[str]
     """Write `step`, traced on `feeds`, to `path`, and compare onnxruntime with torch on them."""
     values = tuple(feeds.values())
     try:
-        traced = make_fx(step, decomposition_table=DECOMPOSITIONS)(*values)
+        # Without the fused kernels of attention and LSTM, which have no translation.
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+            traced = make_fx(step, decomposition_table=DECOMPOSITIONS)(*values)
         exported = torch.export.export(traced, values, strict=False)
         graph = _build_graph(exported, list(feeds), output_names)
     except ServerError:

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from fl_server.errors import DefinitionError, ServerError
+from fl_server.packaging.clipping import Step
 from fl_server.packaging.losses import SampleLosses, build_sample_losses, build_target_spec
-from fl_server.packaging.training_step import Step, check_step
+from fl_server.packaging.step_check import check_module
+from fl_server.packaging.training_step import derive_training_step
 from models.definitions import ModelDefinition, TensorSpec
 
 _SPREAD = 0.1  # of random parameters around the initial ones
@@ -43,6 +45,7 @@ def load_source(definition: ModelDefinition) -> Source:
     Raises:
         DefinitionError: `build` fails.
     """
+    torch.backends.mha.set_fastpath_enabled(value=False)  # it has neither a backward pass nor a translation
     try:
         module = definition.build().eval()
     except Exception as error:
@@ -61,16 +64,25 @@ def load_source(definition: ModelDefinition) -> Source:
     )
 
 
-def check_source(source: Source, step: Step) -> None:
-    """Run module, loss and step once, so that a mistake is named before the long export.
+def derive_step(source: Source) -> tuple[Step, str | None]:
+    """Run module and loss once, so that a mistake is named before the long export, and derive the training step.
+
+    Returns:
+        The step, and why it takes one gradient a sample, if it does.
 
     Raises:
         DefinitionError: They fail, or do not give what the definition says.
     """
+    check_module(source.module)
     spec = source.definition.outputs[0]
     expected = (source.definition.batch, *spec.row_shape)
     try:
         output = source.module(source.x)
+        if not isinstance(output, Tensor):
+            raise DefinitionError(
+                f"the module itself ({type(source.module).__name__}) returns a {type(output).__name__}, "
+                "expected one tensor"
+            )
         if tuple(output.shape) != expected or output.dtype != getattr(torch, spec.dtype):
             raise DefinitionError(
                 f"output {spec.name!r} is {output.dtype} of shape {tuple(output.shape)}, "
@@ -81,7 +93,7 @@ def check_source(source: Source, step: Step) -> None:
             whole = source.definition.loss(output, source.y)
             if not torch.allclose(whole, losses.sum(), rtol=1e-3):
                 raise DefinitionError("the loss is not the sum of the losses of the rows; reduce by sum, not by mean")
-        check_step(source.module, step, source.losses, source.x, source.y, source.parameters)
+        return derive_training_step(source.module, source.losses, source.x, source.y, source.parameters)
     except ServerError:
         raise
     except Exception as error:  # the author's code, run on data of the shapes that the definition states

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from opacus.grad_sample import GradSampleModule
 from torch import nn
 
-from fl_server.packaging.layers import embedding_gradient, linear_gradient
+from fl_server.packaging.layers import Use, embedding_gradient, linear_gradient
 from fl_server.packaging.losses import build_sample_losses
 
 
@@ -105,7 +105,7 @@ def test_norm_by_gram_matrices_is_not_understated_where_positions_cancel():
         inputs = torch.randn(1, 1, 64, generator=generator).repeat(1, 2, 1)
         gradients = torch.randn(1, 1, 64, generator=generator).repeat(1, 2, 1)
         gradients[:, 1] *= -(1 + gap)
-        kept = linear_gradient(layer, inputs, gradients)
+        kept = linear_gradient(layer, [Use(inputs, gradients)])
         true_norm = kept.clipped_sums(torch.ones(1))["weight"].double().norm()
         assert float(kept.squared_norms.double().sqrt()) >= float(true_norm) * (1 - 1e-6)
 
@@ -113,7 +113,7 @@ def test_norm_by_gram_matrices_is_not_understated_where_positions_cancel():
 def test_padding_token_of_an_embedding_has_no_gradient_as_in_torch():
     layer = nn.Embedding(5, 3, padding_idx=0)
     tokens, gradients = torch.tensor([[0, 2, 2], [4, 0, 1]]), torch.randn(2, 3, 3)
-    kept = embedding_gradient(layer, tokens, gradients)
+    kept = embedding_gradient(layer, [Use(tokens, gradients)])
     for row in range(2):
         (expected,) = torch.autograd.grad((layer(tokens[row]) * gradients[row]).sum(), layer.weight)
         found = kept.clipped_sums(torch.eye(2)[row])["weight"]
