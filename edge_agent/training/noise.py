@@ -29,7 +29,7 @@ Entropy: TypeAlias = Callable[[int], bytes]  # number of bytes -> that many; onl
 _Floats: TypeAlias = npt.NDArray[np.float64]
 
 _DRAWS = 4  # 2n
-_BLOCK = 1 << 16  # draws at once: fewer, and Python shows in the time; more, and the arrays leave the cache
+_BLOCK = 1 << 15  # draws at once: fewer, and Python shows in the time; more, and the arrays leave the cache
 _KEY_BYTES, _COUNTER_BYTES = 32, 16
 
 _LAYERS = 256
@@ -105,18 +105,17 @@ def _draw_from_layers(count: int, entropy: Entropy) -> tuple[_Floats, npt.NDArra
 
 def _draw_tail(count: int, entropy: Entropy) -> _Floats:
     """Return values of N(0, 1) beyond the lowest box (Marsaglia 1964)."""
-    beyond = np.empty(0)
+    beyond: _Floats = np.empty(0)
     while beyond.size < count:
-        tried: _Floats = -np.log(_draw_uniform(count, entropy)) / _TAIL
+        tried = np.log(_draw_uniform(count, entropy)) / -_TAIL
         is_kept = -2 * np.log(_draw_uniform(count, entropy)) > tried * tried
-        beyond = np.concatenate([beyond, tried[is_kept]])
+        beyond = np.append(beyond, tried[is_kept])
     return _TAIL + beyond[:count]
 
 
 def _draw_uniform(count: int, entropy: Entropy) -> _Floats:
     """Return values in (0, 1], never 0: their logarithms are finite."""
-    uniform: _Floats = (_draw_integers(count, entropy) + 1) * 2.0**-53
-    return uniform
+    return (_draw_integers(count, entropy).astype(np.float64) + 1) * 2.0**-53
 
 
 def _draw_integers(count: int, entropy: Entropy) -> npt.NDArray[np.uint64]:
