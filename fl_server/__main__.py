@@ -139,14 +139,18 @@ def _add_train(subparsers: _Subparsers) -> None:
         "delta": ("0.001", "chance that the bound fails"),
         "sampling-rate": ("0.25", "with which each sample takes part in a step"),
         "clipping-norm": ("1", "L2 bound of one sample's gradient"),
-        "learning-rate": ("0.5", "of the devices' SGD"),
+        "learning-rate": ("0.5", "of the devices' optimiser"),
         "momentum": ("0", "of the devices' SGD, begun anew each round"),
+        "proximal-mu": ("0", "weight of FedProx's pull towards the parameters that a round begins with"),
         "expected-batch": ("32", "samples a step is divided by, a constant of the plan"),
     }
     for name, (default, summary) in decimals.items():
         parser.add_argument(
             f"--{name}", type=_parse_decimal, default=default, metavar="X", help=f"{summary} (default: %(default)s)"
         )
+    parser.add_argument(
+        "--optimizer", choices=("sgd", "adam"), default="sgd", help="of the devices (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=5, help="DP-SGD steps a device makes in a round (default: 5)")
     _add_following(parser)
     parser.set_defaults(execute=commands.run_train)

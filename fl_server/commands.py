@@ -164,6 +164,8 @@ def run_train(arguments: Namespace) -> None:
                 expected_batch=arguments.expected_batch,
                 learning_rate=arguments.learning_rate,
                 momentum=arguments.momentum,
+                optimizer=arguments.optimizer,
+                proximal_mu=arguments.proximal_mu,
             ),
         )
     except ValueError as error:

@@ -9,9 +9,10 @@ from fl_server.jobs import TrainRequest
 from fl_server.privacy.calibration import build_privacy_plan
 from fl_server.rounds.run import RunSpec
 from models.contract.manifest import TRAIN_STEP_NAME, ModelManifest
-from models.contract.privacy import PrivacyPlan, TrainingPlan
+from models.contract.privacy import ADAM_DECAYS, PrivacyPlan, TrainingPlan
 from models.tensors.layout import Layout
 
+_ROUNDING = Decimal("1.001")  # float32, on a bound that can be met exactly
 NORM_ALLOWANCE = 8.0  # an honest step may draw some times the expected batch
 
 
@@ -71,11 +72,24 @@ def build_spec(
 def compute_norm_limit(privacy: PrivacyPlan, training: TrainingPlan, size: int) -> Decimal:
     """Return the L2 norm that an honest update of `size` parameters stays below, but for a negligible chance.
 
-    A step moves by its sum of clipped gradients plus noise of standard deviation z * C in each parameter,
-    divided by the expected batch; momentum stretches what it moves by 1 / (1 - momentum) at most.
+    A step of SGD moves by its sum of clipped gradients plus noise of standard deviation z * C in each parameter,
+    divided by the expected batch; momentum stretches what it moves by 1 / (1 - momentum) at most, and FedProx only
+    shortens it. A step of Adam moves each parameter by a bounded share of the learning rate, whatever the gradient.
     """
+    if training.optimizer == "adam":
+        ratios = (_bound_adam_ratio(t) for t in range(1, training.steps + 1))
+        limit = float(training.learning_rate) * math.sqrt(size) * sum(ratios)
+        return (Decimal(limit) * _ROUNDING).quantize(Decimal("0.000001"), rounding=ROUND_UP)
     clipping_norm, expected_batch = float(privacy.clipping_norm), float(training.expected_batch)
     signal = NORM_ALLOWANCE * clipping_norm
     noise = 2 * float(privacy.noise_multiplier) * clipping_norm * math.sqrt(size) / expected_batch
     step = float(training.learning_rate) * (signal + noise) / (1 - float(training.momentum))
     return Decimal(training.steps * step).quantize(Decimal("0.000001"), rounding=ROUND_UP)
+
+
+def _bound_adam_ratio(step: int) -> float:
+    """Return what Adam's mean over the root of its mean square is at most at `step`, from 1, by Cauchy and Schwarz."""
+    of_mean, of_square = ADAM_DECAYS
+    shrink = of_mean**2 / of_square
+    spread = (1 - shrink**step) / (1 - shrink)
+    return (1 - of_mean) / (1 - of_mean**step) * math.sqrt(spread * (1 - of_square**step) / (1 - of_square))

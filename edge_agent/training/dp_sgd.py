@@ -18,6 +18,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from edge_agent.errors import StalledError
+from edge_agent.training.optimizers import build_optimizer
 from edge_agent.training.sensitivity import ROWS, check_sensitivity, random_rows
 from models.contract.encoding import build_digest
 from models.contract.manifest import TRAIN_STEP_NAME, ModelManifest
@@ -61,45 +62,49 @@ class StepGraph:
         self._check_ends()
         self._check_clips(np.random.default_rng())
 
-    def clipped_sum(self, x: _Array, y: _Array, clipping_norm: float, parameters: Vector) -> _Floats:
-        """Return the sum of the samples' clipped gradients, of any number of rows, flat, float64."""
-        feeds = {
-            "clipping_norm": np.asarray(clipping_norm, np.float32),
-            **self._contract.layout.unflatten(parameters),
-        }
-        total = np.zeros(self.size)
-        batch = self._contract.batch
+    def clipped_sum(
+        self, x: _Array, y: _Array, clipping_norm: float, parameters: Vector, noise: _Floats | None = None
+    ) -> _Floats:
+        """Return the sum of the samples' clipped gradients, of any number of rows, flat, float64.
+
+        It is summed onto `noise`, an array that is overwritten; without it there is none.
+        """
+        total = np.zeros(self.size) if noise is None else noise
+        layout, batch = self._contract.layout, self._contract.batch
+        feeds = {"clipping_norm": np.asarray(clipping_norm, np.float32), **layout.unflatten(parameters)}
+        totals = list(layout.unflatten(total).values())
         for start in range(0, len(x), batch):
-            total += self._bounded_sum(x[start : start + batch], y[start : start + batch], feeds)
+            self._add_bounded(x[start : start + batch], y[start : start + batch], feeds, totals)
         return total
 
-    def _bounded_sum(self, x: _Array, y: _Array, feeds: dict[str, _Array]) -> _Floats:
-        """Return the sum of one batch, in which a sample that the graph cannot take adds nothing.
+    def _add_bounded(self, x: _Array, y: _Array, feeds: dict[str, _Array], totals: list[_Floats]) -> None:
+        """Add the sum of one batch, in which a sample that the graph cannot take adds nothing.
 
         A gradient that is not finite, or a label out of range, must neither spoil nor mark the sum of the
         others: it is looked for by halves.
         """
-        part = self._run(x, y, feeds)
-        if np.isfinite(part).all():
-            return part
-        if len(x) == 1:
-            return np.zeros(self.size)
-        half = len(x) // 2
-        return self._bounded_sum(x[:half], y[:half], feeds) + self._bounded_sum(x[half:], y[half:], feeds)
+        parts = self._run(x, y, feeds)
+        if parts is not None and all(np.isfinite(part).all() for part in parts):
+            for total, part in zip(totals, parts, strict=True):
+                np.add(total, part, out=total)
+        elif len(x) > 1:
+            half = len(x) // 2
+            self._add_bounded(x[:half], y[:half], feeds, totals)
+            self._add_bounded(x[half:], y[half:], feeds, totals)
 
-    def _run(self, x: _Array, y: _Array, feeds: dict[str, _Array]) -> _Floats:
-        """Return the sum of 1 to `batch` rows; NaN if the graph fails on them."""
+    def _run(self, x: _Array, y: _Array, feeds: dict[str, _Array]) -> list[_Array] | None:
+        """Return the sums of 1 to `batch` rows by parameter; None if the graph fails on them."""
         batch = self._contract.batch
         mask = (np.arange(batch) < len(x)).astype(np.float32)
         rows = {"x": _padded(x, self._input, batch), "y": _padded(y, self._contract.target, batch), "mask": mask}
         try:
-            *sums, _norms = self._session.run(None, {**rows, **feeds})
+            sums: list[_Array] = self._session.run(None, {**rows, **feeds})[:-1]  # without the norms
         except Exception:  # noqa: BLE001 - onnxruntime's errors share no base; their text may quote a sample
-            return np.full(self.size, np.nan)
-        flat = np.concatenate([np.asarray(part, np.float64).ravel() for part in sums])
-        if flat.shape != (self.size,):
-            raise StalledError(f"{TRAIN_STEP_NAME} returned {flat.size} sums, expected {self.size}")
-        return flat
+            return None
+        for part, shape in zip(sums, self._contract.layout.shapes, strict=True):
+            if part.shape != shape:
+                raise StalledError(f"{TRAIN_STEP_NAME} returned a sum of shape {part.shape}, expected {shape}")
+        return sums
 
     def _check_ends(self) -> None:
         expected = ["x", "y", "mask", "clipping_norm", *self._contract.layout.names]
@@ -168,8 +173,8 @@ def local_training(
         y: Their targets.
         parameters: Where to start, shape (n,). Not modified.
         privacy: Of unit sample.
-        training: Steps, expected batch, learning rate, momentum.
-        noise: Draws the noise.
+        training: Steps, expected batch, optimiser.
+        noise: Draws the noise, into an array of its own.
         sampler: Draws who takes part in a step.
 
     Raises:
@@ -178,15 +183,19 @@ def local_training(
     check_supported(privacy)
     clipping_norm = float(privacy.clipping_norm)
     standard_deviation = float(privacy.noise_multiplier * privacy.clipping_norm)
-    start = parameters.astype(np.float64)
-    current, velocity = start.copy(), np.zeros_like(start)
+    optimizer = build_optimizer(training, step.size)
+    pull = np.float32(training.proximal_mu * training.expected_batch)
+    moved, current, noised = np.zeros_like(parameters), parameters.copy(), np.empty_like(parameters)
     for _ in range(training.steps):
-        drawn = sampler(len(x), privacy.sampling_rate)
-        total = step.clipped_sum(x[drawn], y[drawn], clipping_norm, current.astype(np.float32))
-        total += noise(step.size, standard_deviation)
-        velocity = float(training.momentum) * velocity + total / float(training.expected_batch)
-        current -= float(training.learning_rate) * velocity
-    return (current - start).astype(np.float32)
+        drawn = np.flatnonzero(sampler(len(x), privacy.sampling_rate))
+        total = step.clipped_sum(x[drawn], y[drawn], clipping_norm, current, noise(step.size, standard_deviation))
+        np.copyto(noised, total, casting="same_kind")
+        if pull:
+            np.add(noised, pull * moved, out=noised)
+        optimizer(noised)
+        np.subtract(moved, noised, out=moved)
+        np.add(parameters, moved, out=current)
+    return moved
 
 
 def _padded(rows: _Array, spec: TensorSpec, batch: int) -> _Array:

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
+from typing import Literal
+
+ADAM_DECAYS = (0.9, 0.999)  # of the means of gradients and of their squares, as the paper has them
 
 
 class Unit(StrEnum):
@@ -55,8 +58,11 @@ class TrainingPlan:
         steps: DP-SGD steps a device makes in one round; >= 1.
         expected_batch: Fixed denominator of a step's sum, in samples; > 0. A constant of the plan,
             never the private number of samples.
-        learning_rate: Of the device's SGD; > 0.
-        momentum: Of the device's SGD, begun anew each round; [0, 1).
+        learning_rate: Of the device's optimiser; > 0.
+        momentum: Of the device's SGD, begun anew each round; [0, 1); 0 for Adam.
+        optimizer: Of the device; its state begins anew each round.
+        proximal_mu: Weight of FedProx's pull towards the round's start, mu / 2 times the squared distance; at least
+            0, and at most 1 / learning_rate, where one step would lead all the way back.
     """
 
     rounds: int
@@ -64,15 +70,26 @@ class TrainingPlan:
     expected_batch: Decimal
     learning_rate: Decimal
     momentum: Decimal = Decimal(0)
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    proximal_mu: Decimal = Decimal(0)
 
     def __post_init__(self) -> None:
-        _check_finite(self.expected_batch, self.learning_rate, self.momentum)
+        _check_finite(self.expected_batch, self.learning_rate, self.momentum, self.proximal_mu)
         if not (1 <= self.rounds <= 100_000 and 1 <= self.steps <= 100_000):
             raise ValueError(f"rounds {self.rounds} and steps {self.steps} must be in 1..100000")
         if self.expected_batch <= 0 or self.learning_rate <= 0:
             raise ValueError("expected_batch and learning_rate must be > 0")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}, must be in [0, 1)")
+        if self.optimizer not in {"sgd", "adam"}:
+            raise ValueError(f"optimizer is {self.optimizer!r}, must be sgd or adam")
+        if self.optimizer == "adam" and self.momentum:
+            raise ValueError(f"momentum is {self.momentum}, must be 0 for adam, which has its own")
+        if self.proximal_mu < 0 or self.proximal_mu * self.learning_rate > 1:
+            raise ValueError(
+                f"proximal_mu is {self.proximal_mu}, must be in [0, 1 / learning_rate] with learning_rate "
+                f"{self.learning_rate}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Vector: TypeAlias = npt.NDArray[np.float32]
+_Float = TypeVar("_Float", bound=np.floating[Any])
 
 
 def build_vector_bytes(vector: Vector) -> bytes:
@@ -52,7 +53,7 @@ class Layout:
                 raise ValueError(f"parameter {name!r} has shape {arrays[name].shape}, expected {shape}")
         return np.concatenate([np.asarray(arrays[name], np.float32).ravel() for name in self.names])
 
-    def unflatten(self, vector: Vector) -> dict[str, npt.NDArray[np.float32]]:
+    def unflatten(self, vector: npt.NDArray[_Float]) -> dict[str, npt.NDArray[_Float]]:
         """Return views of `vector`, shape (size,), by name; writing to one writes to the vector."""
         if vector.shape != (self.size,):
             raise ValueError(f"vector has shape {vector.shape}, expected ({self.size},)")

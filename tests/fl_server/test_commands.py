@@ -58,6 +58,8 @@ def test_refusals_are_one_line(federation, tmp_path):
     assert_refused(federation.command("train", "sides", "--epsilon", "0"), 2, "epsilon")
     assert_refused(federation.command("train", "sides", "--rounds", "0"), 2, "rounds")
     assert federation.command("train", "sides", "--epsilon", "much").returncode == 2
+    assert_refused(federation.command("train", "sides", "--optimizer", "adam", "--momentum", "0.9"), 2, "0 for adam")
+    assert_refused(federation.command("train", "sides", "--proximal-mu", "3"), 2, "proximal_mu")
     assert_refused(federation.command("package", "nothing.py:definition", "--out", out + "3"), 2, "nothing.py")
     assert_refused(run_command("devices", "--config", str(tmp_path / "no.toml")), 2, "no.toml")
 

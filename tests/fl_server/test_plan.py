@@ -5,11 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_agent.training.optimizers import build_optimizer
 from fl_server.plan import compute_norm_limit
 from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
 
 
-def build_plans(*, steps: int, momentum: str, noise_multiplier: str) -> tuple[PrivacyPlan, TrainingPlan]:
+def build_plans(
+    *, steps: int, noise_multiplier: str, momentum: str = "0", optimizer: str = "sgd", proximal_mu: str = "0"
+) -> tuple[PrivacyPlan, TrainingPlan]:
     privacy = PrivacyPlan(
         unit=Unit.SAMPLE,
         clipping_norm=Decimal("1.5"),
@@ -24,6 +27,8 @@ def build_plans(*, steps: int, momentum: str, noise_multiplier: str) -> tuple[Pr
         expected_batch=Decimal(32),
         learning_rate=Decimal("0.5"),
         momentum=Decimal(momentum),
+        optimizer=optimizer,
+        proximal_mu=Decimal(proximal_mu),
     )
     return privacy, training
 
@@ -48,6 +53,44 @@ def test_honest_update_stays_below_the_norm_limit(seed, steps, momentum, noise_m
         velocity = float(training.momentum) * velocity + gradient
         moved -= float(training.learning_rate) * velocity
     assert np.linalg.norm(moved) <= compute_norm_limit(privacy, training, size)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 1000),
+    steps=st.integers(1, 40),
+    plan=st.sampled_from([{"optimizer": "adam"}, {"momentum": "0.9"}, {"momentum": "0.5"}, {"momentum": "0"}]),
+    proximal_mu=st.sampled_from(["0", "0.1", "2"]),
+    is_steady=st.booleans(),
+)
+def test_honest_update_of_every_optimizer_with_a_proximal_term_stays_below_the_norm_limit(
+    seed, steps, plan, proximal_mu, is_steady
+):
+    size = 200
+    privacy, training = build_plans(steps=steps, noise_multiplier="0.8", proximal_mu=proximal_mu, **plan)
+    generator = np.random.default_rng(seed)
+    optimizer, moved = build_optimizer(training, size), np.zeros(size, np.float32)
+    bound = float(privacy.clipping_norm)
+    batch, deviation = float(training.expected_batch), bound * float(privacy.noise_multiplier)
+    direction = np.full(size, size**-0.5)
+    for _ in range(steps):
+        sign = 1 if is_steady else generator.choice([-1, 1]) * 10.0 ** -generator.integers(0, 5)
+        total = sign * 2 * batch * bound * direction + generator.normal(0, deviation, size)
+        total = (total + float(training.proximal_mu) * batch * moved).astype(np.float32)
+        optimizer(total)
+        moved -= total
+    assert np.linalg.norm(moved) <= compute_norm_limit(privacy, training, size)
+
+
+def test_norm_limit_of_adam_is_what_steady_gradients_reach():
+    training = build_plans(steps=30, optimizer="adam", noise_multiplier="0")[1]
+    optimizer, moved = build_optimizer(training, 4), np.zeros(4, np.float32)
+    for _ in range(30):
+        total = np.ones(4, np.float32)
+        optimizer(total)
+        moved -= total
+    limit = float(compute_norm_limit(*build_plans(steps=30, optimizer="adam", noise_multiplier="0"), 4))
+    assert np.linalg.norm(moved) <= limit < 2 * np.linalg.norm(moved)
 
 
 def test_norm_limit_catches_an_update_a_hundred_times_too_long():

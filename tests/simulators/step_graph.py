@@ -130,5 +130,9 @@ def build_privacy(**changed) -> PrivacyPlan:
 
 
 def build_training(*, rounds: int = 3, steps: int = 2, **changed) -> TrainingPlan:
-    values = {"expected_batch": "10", "learning_rate": "0.1", "momentum": "0", **changed}
-    return TrainingPlan(rounds=rounds, steps=steps, **{name: Decimal(value) for name, value in values.items()})
+    values = {"expected_batch": "10", "learning_rate": "0.1", "momentum": "0", "optimizer": "sgd", **changed}
+    return TrainingPlan(
+        rounds=rounds,
+        steps=steps,
+        **{name: value if name == "optimizer" else Decimal(value) for name, value in values.items()},
+    )

@@ -68,6 +68,26 @@ def test_without_noise_and_sampling_it_is_clipped_gradient_descent(momentum):
     np.testing.assert_array_equal(update, train(x, y, EVERYONE_WITHOUT_NOISE, training))  # momentum begins anew
 
 
+def test_proximal_term_pulls_towards_the_start_of_the_round():
+    x, y = draw_samples(37)
+    training = build_training(steps=6, expected_batch="20", proximal_mu="2.5")
+    current = PARAMETERS.astype(np.float64)
+    for _ in range(6):
+        gradient = clipped_sum_in_numpy(x, y, 1, current) / 20 + 2.5 * (current - PARAMETERS)
+        current = current - 0.1 * gradient
+    update = train(x, y, EVERYONE_WITHOUT_NOISE, training)
+    np.testing.assert_allclose(update, current - PARAMETERS, atol=1e-6)
+    free = train(x, y, EVERYONE_WITHOUT_NOISE, build_training(steps=6, expected_batch="20"))
+    assert np.linalg.norm(update) < np.linalg.norm(free)
+
+
+def test_adam_sees_the_noised_mean():
+    x, y = draw_samples(37)
+    training = build_training(steps=1, optimizer="adam")
+    update = train(x, y, EVERYONE_WITHOUT_NOISE, training, noise=lambda count, _std: np.full(count, 1e3))
+    np.testing.assert_allclose(update, -0.1, rtol=1e-5)  # its first step is as long as the learning rate
+
+
 def test_parameters_are_not_modified():
     x, y = draw_samples(5)
     parameters = PARAMETERS.copy()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,26 @@ def test_a_genuine_order_opens_and_a_forged_or_altered_one_does_not() -> None:
 
 def open_order(envelope: bytes) -> TrainOrder:
     return open_envelope(envelope, TrainOrder, key=KEY.public_key(), fleet="demo", audience="device-1", now_s=NOW_S + 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"optimizer": "lion"}, "sgd or adam"),
+        ({"optimizer": "adam", "momentum": Decimal("0.9")}, "must be 0 for adam"),
+        ({"proximal_mu": Decimal("-0.1")}, "proximal_mu is -0.1"),
+        ({"proximal_mu": Decimal("2.1")}, "1 / learning_rate"),
+        ({"proximal_mu": Decimal("Infinity")}, "not finite"),
+    ],
+)
+def test_optimizer_settings_out_of_range_are_refused_in_words(changed: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        replace(TRAINING, **changed)
+
+
+def test_plan_written_before_there_was_a_choice_of_optimizer_is_read_as_it_was_meant() -> None:
+    written = b'{"expected_batch":"16","learning_rate":"0.5","momentum":"0","rounds":6,"steps":20}'
+    assert parse_json(written, TrainingPlan) == TRAINING
 
 
 def test_training_takes_its_input_in_the_dtype_of_its_own_graphs() -> None:
