@@ -10,6 +10,7 @@ from typing import Protocol
 from fl_server import commands
 from fl_server.config import CONFIG_NAME
 from fl_server.errors import ServerError, UsageError
+from fl_server.rounds.rule import RULE_NAMES
 from models.contract.errors import ContractError
 from models.contract.settings import SettingsError
 
@@ -150,6 +151,12 @@ def _add_train(subparsers: _Subparsers) -> None:
         )
     parser.add_argument(
         "--optimizer", choices=("sgd", "adam"), default="sgd", help="of the devices (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--aggregation", choices=RULE_NAMES, default="mean", help="what makes one step of all updates (default: mean)"
+    )
+    parser.add_argument(
+        "--byzantine", type=int, default=0, metavar="N", help="hostile devices that the aggregation is to withstand"
     )
     parser.add_argument("--steps", type=int, default=5, help="DP-SGD steps a device makes in a round (default: 5)")
     _add_following(parser)

@@ -14,8 +14,9 @@ from fl_server.fleet.enrolment import Federation, enroll_device
 from fl_server.fleet.roster import Device, Roster
 from fl_server.jobs import Job, Jobs, JobState, ReleaseRequest, Request, TrainRequest
 from fl_server.lock import holding_lock, is_locked
+from fl_server.rounds.rule import Aggregation
 from models.contract.manifest import MANIFEST_NAME, ModelManifest
-from models.contract.privacy import TrainingPlan
+from models.contract.privacy import TrainingPlan, Unit
 
 POLL_INTERVAL_S = 0.2  # of a job that is followed
 
@@ -151,9 +152,14 @@ def run_train(arguments: Namespace) -> None:
     if arguments.model not in settings.models:
         known = ", ".join(sorted(settings.models)) or "none"
         raise UsageError(f"{arguments.config}: there is no section [models.{arguments.model}]; models here: {known}")
+    with Roster(directory.database_path) as roster:
+        enrolled = sum(device.revoked_at is None for device in roster.list_devices())
     try:
+        aggregation = Aggregation(rule=arguments.aggregation, byzantine=arguments.byzantine)
+        aggregation.check_fits(Unit.SAMPLE, devices=enrolled)
         request = TrainRequest(
             model=arguments.model,
+            aggregation=aggregation,
             epsilon=arguments.epsilon,
             delta=arguments.delta,
             sampling_rate=arguments.sampling_rate,

@@ -5,6 +5,7 @@ from decimal import ROUND_UP, Decimal
 
 from fl_server.config import ServerSettings
 from fl_server.directory import Directory
+from fl_server.errors import UsageError
 from fl_server.jobs import TrainRequest
 from fl_server.privacy.calibration import build_privacy_plan
 from fl_server.rounds.run import RunSpec
@@ -38,9 +39,9 @@ def build_spec(
         directory: The coordinator's.
 
     Raises:
-        UsageError: No noise keeps the budget.
+        UsageError: No noise keeps the budget, or the devices are too few for the rule of aggregation.
     """
-    training = request.training
+    training, aggregation = request.training, request.aggregation
     privacy = build_privacy_plan(
         clipping_norm=request.clipping_norm,
         sampling_rate=request.sampling_rate,
@@ -49,6 +50,10 @@ def build_spec(
         steps=training.steps,
         rounds=training.rounds,
     )
+    try:
+        aggregation.check_fits(privacy.unit, devices=len(devices))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return RunSpec(
         fleet=settings.fleet,
         model=request.model,
@@ -58,7 +63,7 @@ def build_spec(
         privacy=privacy,
         training=training,
         devices=devices,
-        quorum=math.ceil(settings.rounds.quorum * len(devices)),
+        quorum=max(math.ceil(settings.rounds.quorum * len(devices)), aggregation.least_updates),
         deadline_s=settings.rounds.deadline_s,
         join_timeout_s=settings.rounds.join_timeout_s,
         superlink=settings.superlink.address,
@@ -66,6 +71,7 @@ def build_spec(
         superexec_secret_path=str(directory.superexec_secret_path),
         order_key_path=str(directory.order_key_path),
         update_norm_limit=compute_norm_limit(privacy, training, layout.size),
+        aggregation=aggregation,
     )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -24,6 +25,7 @@ from fl_server.rounds.aggregation import MeanFold, check_update
 from fl_server.rounds.events import Abandoned, Done, Event, Joined, RoundCompleted, UpdateRefused
 from fl_server.rounds.flower import Reply, Session, SessionLostError
 from fl_server.rounds.quorum import Decision, decide_round, may_begin
+from fl_server.rounds.robust import aggregate
 from fl_server.rounds.run import (
     Checkpoint,
     RunSpec,
@@ -181,7 +183,7 @@ class Driver:
             pause_s = min(pause_s * POLL_GROWTH, POLL_MAX_S)
 
     def _complete(self, attempt: "_Attempt") -> None:
-        self._parameters = attempt.fold.apply(self._parameters)
+        self._parameters = attempt.move(self._parameters)
         checkpoint = save_checkpoint(
             self._run_dir,
             self._spec.layout,
@@ -277,6 +279,18 @@ class _Attempt:
         if self.spool.add(device_id, update):
             self.fold.add(update)
         return None
+
+    def move(self, parameters: Vector) -> Vector:
+        """Return `parameters` moved by what the run's rule makes of the accepted updates."""
+        if self._spec.aggregation.rule == "mean":
+            return self.fold.apply(parameters)
+        step = aggregate(
+            self.spool.read_columns,
+            count=len(self.spool.devices),
+            size=self._spec.layout.size,
+            aggregation=self._spec.aggregation,
+        )
+        return (parameters + step).astype(np.float32)
 
     def decide(self) -> Decision:
         return decide_round(

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fl_server.errors import RunError
+from fl_server.rounds.rule import MEAN, Aggregation
 from models.contract.encoding import build_digest, build_json, check_digest_text, parse_json
 from models.contract.errors import ContractError
 from models.contract.files import save_atomically
@@ -49,6 +50,7 @@ class RunSpec:
         superexec_secret_path: The secret with which ServerApp tasks are claimed.
         order_key_path: Ed25519 private key that signs train orders, PEM.
         update_norm_limit: Largest L2 norm an update may have; > 0.
+        aggregation: What makes one step of a round's updates; the quorum is at least what it needs.
     """
 
     schema_version: Literal[1] = 1
@@ -68,6 +70,7 @@ class RunSpec:
     superexec_secret_path: str
     order_key_path: str
     update_norm_limit: Decimal
+    aggregation: Aggregation = MEAN
 
     def __post_init__(self) -> None:
         check_name(self.fleet, "fleet")
@@ -82,6 +85,7 @@ class RunSpec:
             raise ValueError("deadline_s and join_timeout_s must be > 0")
         if not (self.update_norm_limit.is_finite() and self.update_norm_limit > 0):
             raise ValueError(f"update_norm_limit is {self.update_norm_limit}, must be finite and > 0")
+        self.aggregation.check_fits(self.privacy.unit, devices=self.quorum)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
