@@ -158,6 +158,9 @@ def _add_train(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--byzantine", type=int, default=0, metavar="N", help="hostile devices that the aggregation is to withstand"
     )
+    parser.add_argument(
+        "--uplink", choices=("float32", "int8"), default="float32", help="how updates travel (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=5, help="DP-SGD steps a device makes in a round (default: 5)")
     _add_following(parser)
     parser.set_defaults(execute=commands.run_train)

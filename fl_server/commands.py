@@ -172,6 +172,7 @@ def run_train(arguments: Namespace) -> None:
                 momentum=arguments.momentum,
                 optimizer=arguments.optimizer,
                 proximal_mu=arguments.proximal_mu,
+                uplink=arguments.uplink,
             ),
         )
     except ValueError as error:

@@ -12,6 +12,7 @@ from fl_server.rounds.run import RunSpec
 from models.contract.manifest import TRAIN_STEP_NAME, ModelManifest
 from models.contract.privacy import ADAM_DECAYS, PrivacyPlan, TrainingPlan
 from models.tensors.layout import Layout
+from models.tensors.uplink import STRETCH_MAX
 
 _ROUNDING = Decimal("1.001")  # float32, on a bound that can be met exactly
 NORM_ALLOWANCE = 8.0  # an honest step may draw some times the expected batch
@@ -81,15 +82,17 @@ def compute_norm_limit(privacy: PrivacyPlan, training: TrainingPlan, size: int) 
     A step of SGD moves by its sum of clipped gradients plus noise of standard deviation z * C in each parameter,
     divided by the expected batch; momentum stretches what it moves by 1 / (1 - momentum) at most, and FedProx only
     shortens it. A step of Adam moves each parameter by a bounded share of the learning rate, whatever the gradient.
+    Rounding to int8 stretches an update by a bounded share, too.
     """
+    stretch = STRETCH_MAX if training.uplink == "int8" else 1.0
     if training.optimizer == "adam":
         ratios = (_bound_adam_ratio(t) for t in range(1, training.steps + 1))
-        limit = float(training.learning_rate) * math.sqrt(size) * sum(ratios)
+        limit = stretch * float(training.learning_rate) * math.sqrt(size) * sum(ratios)
         return (Decimal(limit) * _ROUNDING).quantize(Decimal("0.000001"), rounding=ROUND_UP)
     clipping_norm, expected_batch = float(privacy.clipping_norm), float(training.expected_batch)
     signal = NORM_ALLOWANCE * clipping_norm
     noise = 2 * float(privacy.noise_multiplier) * clipping_norm * math.sqrt(size) / expected_batch
-    step = float(training.learning_rate) * (signal + noise) / (1 - float(training.momentum))
+    step = stretch * float(training.learning_rate) * (signal + noise) / (1 - float(training.momentum))
     return Decimal(training.steps * step).quantize(Decimal("0.000001"), rounding=ROUND_UP)
 
 

@@ -24,6 +24,7 @@ from models.contract.envelope import TrainOrder, open_envelope
 from models.contract.errors import ContractError, EnvelopeError
 from models.contract.privacy import PrivacyPlan, TrainingPlan
 from models.tensors.layout import Vector
+from models.tensors.uplink import encode_update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +50,8 @@ class TrainingSession:
     report: Callable[[TrainingEvent], None]
     now_s: Callable[[], float] = time.time
 
-    def handle(self, parameters: Vector, envelope: bytes) -> Vector | None:
-        """Return the update that `envelope` orders, shape (n,), float32; None if it is not to be had."""
+    def handle(self, parameters: Vector, envelope: bytes) -> bytes | None:
+        """Return the update that `envelope` orders, as the order wants it encoded; None if it is not to be had."""
         try:
             order = open_envelope(
                 envelope,
@@ -76,8 +77,8 @@ class TrainingSession:
         self.report(TrainingEvent(event="resent", message=message, round=order.round, epsilon=self._total()))
         return stored
 
-    def _train(self, order: TrainOrder, parameters: Vector) -> Vector:
-        """Return the update, charged and stored; raises AgentError."""
+    def _train(self, order: TrainOrder, parameters: Vector) -> bytes:
+        """Return the update, charged, encoded and stored; raises AgentError."""
         spend = Spend(
             order_sequence=order.sequence,
             model=order.model,
@@ -92,7 +93,8 @@ class TrainingSession:
             noise_multiplier=self.job.noise_multiplier_limit,
         )
         self.ledger.spend(spend, limits, at=int(self.now_s()))
-        update = self.train(parameters, order.privacy, order.training)
+        trained = self.train(parameters, order.privacy, order.training)
+        update = encode_update(trained, order.training.uplink, np.random.default_rng())
         self.updates.save(order.run, order.round, update)
         message = f"round {order.round} of run {order.run!r} trained"
         self.report(TrainingEvent(event="trained", message=message, round=order.round, epsilon=self._total()))

@@ -272,8 +272,12 @@ class _Attempt:
             return None
         update: Vector | str = reply.failure
         if reply.update is not None:
-            limit = float(self._spec.update_norm_limit)
-            update = check_update(reply.update, size=self._spec.layout.size, norm_limit=limit)
+            update = check_update(
+                reply.update,
+                size=self._spec.layout.size,
+                norm_limit=float(self._spec.update_norm_limit),
+                uplink=self._spec.training.uplink,
+            )
         if isinstance(update, str):
             return UpdateRefused(round=self.number, device=device_id, reason=update)
         if self.spool.add(device_id, update):
