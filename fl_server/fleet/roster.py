@@ -6,7 +6,7 @@ One SQLite file, shared by the running coordinator and operators' commands.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,6 +14,7 @@ from typing import Self
 from fl_server.database import open_database
 from fl_server.errors import ServerError
 from models.contract.encoding import build_json, parse_json
+from models.contract.ledger import SPENT_MAX, LedgerHead, Spent, add_up, take_larger
 from models.contract.messages import Event, Status, Telemetry
 
 EVENTS_KEPT = 1000  # of each device; older ones go
@@ -35,6 +36,17 @@ CREATE TABLE IF NOT EXISTS events (
     received_at REAL NOT NULL,
     event BLOB NOT NULL,
     UNIQUE (device_id, event_id)
+) STRICT;
+CREATE TABLE IF NOT EXISTS ledgers (  -- what devices say of theirs: the largest they ever said
+    device_id TEXT PRIMARY KEY,
+    head BLOB NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS updates (  -- that came, whatever became of them, and what each cost its device
+    device_id TEXT NOT NULL,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    spent BLOB NOT NULL,
+    PRIMARY KEY (device_id, run, round)
 ) STRICT;
 """
 
@@ -170,3 +182,35 @@ class Roster:
         """Return the device's last events, oldest first."""
         rows = self._database.execute("SELECT event FROM events WHERE device_id = ? ORDER BY number", (device_id,))
         return [parse_json(row["event"], Event) for row in rows]
+
+    def save_ledger(self, device_id: str, head: LedgerHead) -> None:
+        """Keep what the device says of its privacy ledger; of what it said before, the larger spend stays."""
+        before = self._find_ledger(device_id)
+        newest = max(before, head, key=lambda known: known.entries)
+        kept = LedgerHead(
+            entries=newest.entries, digest=newest.digest, spent=_limit(take_larger(before.spent, head.spent))
+        )
+        self._database.execute("INSERT OR REPLACE INTO ledgers VALUES (?, ?)", (device_id, build_json(kept)))
+
+    def save_update(self, device_id: str, run: str, round_number: int, spent: Spent) -> None:
+        """Keep that an update of the device was seen, which it must have paid for; once a round."""
+        self._database.execute(
+            "INSERT OR IGNORE INTO updates VALUES (?, ?, ?, ?)", (device_id, run, round_number, build_json(spent))
+        )
+
+    def build_ledger_copy(self, device_id: str) -> LedgerHead:
+        """Return what the device has spent at least: by its own word, and by the updates that were seen."""
+        head = self._find_ledger(device_id)
+        rows = self._database.execute("SELECT spent FROM updates WHERE device_id = ?", (device_id,))
+        seen = add_up(parse_json(row["spent"], Spent) for row in rows)
+        return replace(head, spent=_limit(take_larger(head.spent, seen)))
+
+    def _find_ledger(self, device_id: str) -> LedgerHead:
+        row = self._database.execute("SELECT head FROM ledgers WHERE device_id = ?", (device_id,)).fetchone()
+        return LedgerHead() if row is None else parse_json(row["head"], LedgerHead)
+
+
+def _limit(spent: tuple[Spent, ...]) -> tuple[Spent, ...]:
+    if len(spent) > SPENT_MAX:
+        raise RosterError(f"{len(spent)} kinds of steps in a device's ledger, at most {SPENT_MAX} are kept")
+    return spent

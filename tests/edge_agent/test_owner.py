@@ -8,8 +8,10 @@ import pytest
 from edge_agent.config import AgentSettings, PrivacySettings
 from edge_agent.errors import StalledError
 from edge_agent.owner import build_privacy_text, load_privacy_report, parse_privacy_report
-from edge_agent.training.ledger import Limits, Spend, open_ledger
+from edge_agent.training.budget import Limits, Spend
+from edge_agent.training.ledger import open_ledger
 from models.contract.encoding import build_json
+from models.contract.ledger import LedgerHead
 from tests.simulators.step_graph import build_privacy
 
 
@@ -23,7 +25,12 @@ def settings(tmp_path: Path) -> AgentSettings:
 
 
 def spend(settings: AgentSettings, model: str, run: str, round_number: int) -> Decimal:
-    limits = Limits(epsilon=Decimal(1000), delta=settings.privacy.delta, noise_multiplier=Decimal(0))
+    limits = Limits(
+        epsilon=Decimal(1000),
+        total_epsilon=Decimal(1000),
+        delta=settings.privacy.delta,
+        noise_multiplier=Decimal(0),
+    )
     asked = Spend(
         order_sequence=1,
         model=model,
@@ -33,6 +40,7 @@ def spend(settings: AgentSettings, model: str, run: str, round_number: int) -> D
         steps=2,
     )
     with open_ledger(settings.training_dir / "ledger.jsonl") as ledger:
+        ledger.restore(LedgerHead(), settings.privacy.delta, at=1)
         return ledger.spend(asked, limits, at=1).epsilon_after
 
 
