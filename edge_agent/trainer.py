@@ -95,7 +95,12 @@ def train(job: TrainingJob, *, report: Callable[[TrainingEvent], None]) -> None:
             idle_timeout_s=job.idle_timeout_s,
             handle=session.handle,
             on_joined=lambda: report(
-                TrainingEvent(event="joined", message=f"joined run {job.run!r}", ledger=ledger.head)
+                TrainingEvent(
+                    event="joined",
+                    message=f"joined run {job.run!r}",
+                    round=max((entry.round for entry in ledger.entries if entry.run == job.run), default=0),
+                    ledger=ledger.head,
+                )
             ),
         )
     report(TrainingEvent(event="ended", message=f"no message of run {job.run!r} for {job.idle_timeout_s:g} s"))

@@ -5,11 +5,10 @@ from collections.abc import Iterable
 
 from fl_server.config import RoundsSettings
 from fl_server.fleet.mqtt import Link, LinkError
-from fl_server.fleet.roster import Roster, RosterError
+from fl_server.fleet.roster import Roster
 from fl_server.orders import Orders
 from fl_server.rounds.quorum import choose_poll_interval_s
 from fl_server.rounds.run import RunSpec
-from models.contract.ledger import LedgerHead
 from models.contract.topics import Channel, build_device_topic, build_run_topic
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ class Announcer:
                 device_id,
                 poll_interval_s=poll_interval_s,
                 idle_timeout_s=self._rounds.idle_timeout_s,
-                ledger=self._find_ledger(device_id),
+                ledger=self._roster.get_ledger(device_id),
             )
             await self._publish(build_device_topic(spec.fleet, device_id, Channel.COMMAND), command)
 
@@ -46,13 +45,6 @@ class Announcer:
         """Publish the notices again: the broker may have lost them."""
         for topic, notice in self._notices.items():
             await self._publish(topic, notice, retain=True)
-
-    def _find_ledger(self, device_id: str) -> LedgerHead | None:
-        try:
-            return self._roster.build_ledger_copy(device_id)
-        except RosterError as error:
-            logger.warning("%s gets no copy of its ledger: %s", device_id, error)
-            return None
 
     async def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         try:

@@ -31,7 +31,6 @@ from fl_server.superlink import SuperLink, check_port_free
 from fl_server.training_run import RunResult, Services, TrainingRun
 from models.contract.encoding import build_json
 from models.contract.errors import ContractError
-from models.contract.ledger import LedgerHead
 from models.contract.messages import Ack, Event, Status, Telemetry
 from models.contract.topics import Channel, build_device_topic
 
@@ -145,8 +144,7 @@ class Coordinator:
             case Telemetry():
                 self._roster.save_telemetry(device_id, document)
             case Event():
-                if document.ledger is not None:
-                    self._keep_ledger(device_id, document.ledger)
+                self._keep_ledger(device_id, document)
                 if self._roster.save_event(device_id, document):
                     logger.info("%s: %s %s", device_id, document.kind, document.message)
                     if self._run:
@@ -155,11 +153,13 @@ class Coordinator:
                 with contextlib.suppress(LinkError):  # the device sends it again
                     await self._link.publish(topic, build_json(Ack(ids=(document.id,))))
 
-    def _keep_ledger(self, device_id: str, head: LedgerHead) -> None:
+    def _keep_ledger(self, device_id: str, event: Event) -> None:
+        if event.ledger is None or event.run is None:
+            return
         try:
-            self._roster.save_ledger(device_id, head)
+            self._roster.save_ledger(device_id, event.ledger, run=event.run, round_number=event.round or 0)
         except RosterError as error:  # the event itself is kept: told again it would be no better
-            logger.warning("no copy of what %s says of its ledger: %s", device_id, error)
+            logger.warning("%s", error)
 
     async def _work(self) -> None:
         while True:

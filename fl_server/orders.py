@@ -41,11 +41,11 @@ class Orders:
         )
 
     def build_wake(
-        self, spec: RunSpec, device_id: str, *, poll_interval_s: float, idle_timeout_s: int, ledger: LedgerHead | None
+        self, spec: RunSpec, device_id: str, *, poll_interval_s: float, idle_timeout_s: int, ledger: LedgerHead
     ) -> bytes:
         """Return the command that lets a device start its training process for the run.
 
-        `ledger` is the copy of the device's, which one that was reinstalled needs; None if there is none to give.
+        `ledger` is the copy of the device's, which one that was reinstalled needs.
         """
         now_s = int(time.time())
         return build_envelope(

@@ -1,12 +1,15 @@
 """What devices must have spent on the updates that came from them, even if their own word of it never does."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from fl_server.fleet.roster import Roster
+from fl_server.fleet.roster import Roster, RosterError
 from fl_server.rounds.run import SPEC_NAME, RunSpec, load_checkpoints, load_spec
 from models.contract.ledger import Spent
 from models.contract.privacy import Unit
+
+_log = logging.getLogger(__name__)
 
 
 def keep_spent(roster: Roster, spec: RunSpec, round_number: int, device_ids: Iterable[str]) -> None:
@@ -20,7 +23,10 @@ def keep_spent(roster: Roster, spec: RunSpec, round_number: int, device_ids: Ite
         steps=spec.training.steps,
     )
     for device_id in device_ids:
-        roster.save_update(device_id, spec.run, round_number, spent)
+        try:
+            roster.save_update(device_id, spec.run, round_number, spent)
+        except RosterError as error:  # a device whose reports filled its own copy must not end a run of others
+            _log.warning("%s", error)
 
 
 def recover_spent(roster: Roster, runs_dir: Path) -> None:

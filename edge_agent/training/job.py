@@ -74,7 +74,8 @@ class TrainingEvent:
             an order that is not acted on; ended: the process ends.
         message: One line for a person.
         epsilon: Spent in total on this model, a decimal number.
-        ledger: What the ledger comes to, told before the update leaves.
+        round: It is about; of "joined" the last that was charged in the run, 0 before the first.
+        ledger: What the ledger comes to; of "trained", told before the update leaves, and of "joined".
     """
 
     event: Literal["joined", "trained", "resent", "refused", "order_refused", "ended"]

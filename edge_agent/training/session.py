@@ -120,9 +120,8 @@ class TrainingSession:
     def _report(self, event: Literal["trained", "resent", "refused"], message: str, order: TrainOrder) -> None:
         spent = [entry for entry in self.ledger.entries if entry.model == self.job.model]
         epsilon = str(compute_total(spent, self.job.delta))
-        self.report(
-            TrainingEvent(event=event, message=message, round=order.round, epsilon=epsilon, ledger=self.ledger.head)
-        )
+        ledger = self.ledger.head if event == "trained" else None
+        self.report(TrainingEvent(event=event, message=message, round=order.round, epsilon=epsilon, ledger=ledger))
 
 
 def check_not_replayed(order: TrainOrder, entries: Sequence[Entry]) -> None:

@@ -37,9 +37,15 @@ CREATE TABLE IF NOT EXISTS events (
     event BLOB NOT NULL,
     UNIQUE (device_id, event_id)
 ) STRICT;
-CREATE TABLE IF NOT EXISTS ledgers (  -- what devices say of theirs: the largest they ever said
+CREATE TABLE IF NOT EXISTS ledgers (  -- what each device has spent at least
     device_id TEXT PRIMARY KEY,
     head BLOB NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS reported (  -- up to which round of a run a device has reported its ledger
+    device_id TEXT NOT NULL,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    PRIMARY KEY (device_id, run)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS updates (  -- that came, whatever became of them, and what each cost its device
     device_id TEXT NOT NULL,
@@ -102,8 +108,7 @@ class Roster:
         Raises:
             RosterError: It is enrolled already.
         """
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
+        with self._changing():
             if self._database.execute("SELECT 1 FROM devices WHERE device_id = ?", (device_id,)).fetchone():
                 raise RosterError(f"device {device_id!r} is enrolled already; choose another id")
             self._database.execute(
@@ -111,10 +116,6 @@ class Roster:
                 (device_id, public_key, time.time()),
             )
             yield
-        except BaseException:
-            self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")
 
     def list_devices(self) -> list[Device]:
         """Return all devices, by id."""
@@ -183,34 +184,67 @@ class Roster:
         rows = self._database.execute("SELECT event FROM events WHERE device_id = ? ORDER BY number", (device_id,))
         return [parse_json(row["event"], Event) for row in rows]
 
-    def save_ledger(self, device_id: str, head: LedgerHead) -> None:
-        """Keep what the device says of its privacy ledger; of what it said before, the larger spend stays."""
-        before = self._find_ledger(device_id)
-        newest = max(before, head, key=lambda known: known.entries)
-        kept = LedgerHead(
-            entries=newest.entries, digest=newest.digest, spent=_limit(take_larger(before.spent, head.spent))
-        )
-        self._database.execute("INSERT OR REPLACE INTO ledgers VALUES (?, ?)", (device_id, build_json(kept)))
+    def save_ledger(self, device_id: str, head: LedgerHead, *, run: str, round_number: int) -> None:
+        """Keep what the device says of its privacy ledger; of what was known before, the larger spend stays.
+
+        Args:
+            device_id: Who says it.
+            head: Of its ledger, which holds all that it ever spent up to the round.
+            run: The run it was in then.
+            round_number: The last round of the run that it had charged; 0 before the first.
+
+        Raises:
+            RosterError: More than a copy can hold.
+        """
+        with self._changing():
+            later = self._database.execute(
+                "SELECT spent FROM updates WHERE device_id = ? AND run = ? AND round > ?",
+                (device_id, run, round_number),
+            )
+            spent = add_up([*head.spent, *(parse_json(row["spent"], Spent) for row in later)])
+            known = self.get_ledger(device_id)
+            newest = max(known, head, key=lambda ledger: ledger.entries)
+            self._put_ledger(device_id, newest, take_larger(known.spent, spent))
+            self._database.execute(
+                "INSERT INTO reported VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET round = max(round, excluded.round)",
+                (device_id, run, round_number),
+            )
 
     def save_update(self, device_id: str, run: str, round_number: int, spent: Spent) -> None:
-        """Keep that an update of the device was seen, which it must have paid for; once a round."""
-        self._database.execute(
-            "INSERT OR IGNORE INTO updates VALUES (?, ?, ?, ?)", (device_id, run, round_number, build_json(spent))
-        )
+        """Keep that an update of the device was seen, which it must have paid for: once, if it has not said so itself.
 
-    def build_ledger_copy(self, device_id: str) -> LedgerHead:
-        """Return what the device has spent at least: by its own word, and by the updates that were seen."""
-        head = self._find_ledger(device_id)
-        rows = self._database.execute("SELECT spent FROM updates WHERE device_id = ?", (device_id,))
-        seen = add_up(parse_json(row["spent"], Spent) for row in rows)
-        return replace(head, spent=_limit(take_larger(head.spent, seen)))
+        Raises:
+            RosterError: More than a copy can hold.
+        """
+        with self._changing():
+            row = (device_id, run, round_number)
+            if not self._database.execute(
+                "INSERT OR IGNORE INTO updates VALUES (?, ?, ?, ?)", (*row, build_json(spent))
+            ).rowcount:
+                return
+            query = "SELECT 1 FROM reported WHERE device_id = ? AND run = ? AND round >= ?"
+            if self._database.execute(query, row).fetchone() is None:
+                known = self.get_ledger(device_id)
+                self._put_ledger(device_id, known, add_up([*known.spent, spent]))
 
-    def _find_ledger(self, device_id: str) -> LedgerHead:
+    def get_ledger(self, device_id: str) -> LedgerHead:
+        """Return what the device has spent at least; the head is that of the longest ledger that it reported."""
         row = self._database.execute("SELECT head FROM ledgers WHERE device_id = ?", (device_id,)).fetchone()
         return LedgerHead() if row is None else parse_json(row["head"], LedgerHead)
 
+    def _put_ledger(self, device_id: str, head: LedgerHead, spent: tuple[Spent, ...]) -> None:
+        if len(spent) > SPENT_MAX:
+            raise RosterError(f"{len(spent)} kinds of steps in the ledger of {device_id}, at most {SPENT_MAX} are kept")
+        self._database.execute(
+            "INSERT OR REPLACE INTO ledgers VALUES (?, ?)", (device_id, build_json(replace(head, spent=spent)))
+        )
 
-def _limit(spent: tuple[Spent, ...]) -> tuple[Spent, ...]:
-    if len(spent) > SPENT_MAX:
-        raise RosterError(f"{len(spent)} kinds of steps in a device's ledger, at most {SPENT_MAX} are kept")
-    return spent
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")

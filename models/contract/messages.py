@@ -81,7 +81,7 @@ class Event:
         message: One line for a person.
         version: The model version it is about.
         run: The run it is about.
-        ledger: What training has cost the device so far, of which the coordinator keeps a copy.
+        ledger: What training has cost the device up to `round` of `run`; the coordinator keeps a copy.
     """
 
     schema_version: Literal[1] = 1

@@ -48,7 +48,7 @@ def test_models_share_the_owners_total_and_each_keeps_within_its_own_limit() -> 
     alone = compute_total(spends[:1], LIMITS.delta)
     assert alone < together
     charge(*spends, limits=replace(LIMITS, epsilon=alone, total_epsilon=together))
-    with pytest.raises(BudgetError, match="all models together would reach epsilon .* their owner allows") as caught:
+    with pytest.raises(BudgetError, match=r"all models together would reach epsilon .* their owner allows") as caught:
         charge(*spends, limits=replace(LIMITS, epsilon=alone, total_epsilon=together - Decimal("1e-9")))
     assert caught.value.asked == together
 

@@ -81,22 +81,31 @@ ROUNDS = st.fixed_dictionaries(
         "noise": st.sampled_from(["1", "2", "3"]),
         "crash_at": st.none() | st.integers(0, 16),
         "has_copy": st.booleans(),
-        "is_reported": st.booleans(),  # or else the coordinator sees the update itself
+        "is_seen": st.booleans(),  # by the coordinator, as an update that came
+        "is_late": st.booleans(),  # what the device says waits for the broker
     }
 )
 
 
 @settings(deadline=None, max_examples=60)  # a disk takes what it takes
-@given(events=st.lists(ROUNDS | st.sampled_from(["wipe", "backup", "restore backup"]), min_size=2, max_size=10))
+@given(
+    events=st.lists(
+        ROUNDS | st.sampled_from(["wipe", "broker is back", "backup", "restore backup"]), min_size=2, max_size=10
+    )
+)
 def test_whatever_happens_no_update_leaves_that_the_ledger_does_not_hold(
     tmp_path_factory: pytest.TempPathFactory, events: list[Any]
 ) -> None:
     path = tmp_path_factory.mktemp("device") / "ledger.jsonl"
-    backup, left, number = b"", [], 0
+    backup, left, number = b"", list[Spend](), 0
     with Roster(path.with_name("coordinator.db")) as roster:
+        reports = list[tuple[int, LedgerHead]]()
         for event in events:
             if event == "wipe":
                 path.unlink(missing_ok=True)
+                reports.clear()
+            elif event == "broker is back":
+                deliver(roster, reports)
             elif event == "backup":
                 backup = path.read_bytes() if path.exists() else b""
             elif event == "restore backup":
@@ -105,19 +114,29 @@ def test_whatever_happens_no_update_leaves_that_the_ledger_does_not_hold(
                 number += 1
                 spend = build_spend(number, event["noise"])
                 # Who has a ledger trains without a copy; one put back from a backup nothing tells from a true one.
-                copy = roster.build_ledger_copy("d") if event["has_copy"] or "restore backup" in events else None
+                copy = roster.get_ledger("d") if event["has_copy"] or "restore backup" in events else None
                 if train(path, spend, copy, event["crash_at"]):
                     left.append(spend)
-                    keep_copy(roster, path, spend, is_reported=event["is_reported"])
-                with open_ledger(path) as ledger:
-                    assert not left or spend is not left[-1] or covers(ledger.entries, left)
+                    with open_ledger(path) as ledger:
+                        assert covers(ledger.entries, left)
+                        reports.append((number, ledger.head))
+                    if event["is_seen"] or event["is_late"]:  # one of both the coordinator must come to know
+                        roster.save_update("d", spend.run, number, count_spend(spend))
+                    if not event["is_late"]:
+                        deliver(roster, reports)
         with open_ledger(path) as ledger:
-            ledger.restore(roster.build_ledger_copy("d"), DELTA, at=0)
+            ledger.restore(roster.get_ledger("d"), DELTA, at=0)
             assert covers(ledger.entries, left)
 
 
 def covers(entries: Any, left: list[Spend]) -> bool:
     return compute_total(entries, DELTA) >= compute_total(left, DELTA)
+
+
+def deliver(roster: Roster, reports: list[tuple[int, LedgerHead]]) -> None:
+    for number, head in reversed(reports):  # in the worst order
+        roster.save_ledger("d", head, run="run-1", round_number=number)
+    reports.clear()
 
 
 def train(path: Path, spend: Spend, copy: LedgerHead | None, crash_at: int | None) -> bool:
@@ -135,15 +154,10 @@ def train(path: Path, spend: Spend, copy: LedgerHead | None, crash_at: int | Non
     return bool(run_until_crash(work, crash_at=crash_at).told)
 
 
-def keep_copy(roster: Roster, path: Path, spend: Spend, *, is_reported: bool) -> None:
-    if is_reported:
-        with open_ledger(path) as ledger:
-            roster.save_ledger("d", ledger.head)
-    else:
-        seen = Spent(
-            model=spend.model,
-            sampling_rate=spend.privacy.sampling_rate,
-            noise_multiplier=spend.privacy.noise_multiplier,
-            steps=spend.steps,
-        )
-        roster.save_update("d", spend.run, spend.round, seen)
+def count_spend(spend: Spend) -> Spent:
+    return Spent(
+        model=spend.model,
+        sampling_rate=spend.privacy.sampling_rate,
+        noise_multiplier=spend.privacy.noise_multiplier,
+        steps=spend.steps,
+    )
