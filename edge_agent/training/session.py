@@ -10,14 +10,16 @@ stays charged; the coordinator's retry spends again, or is refused.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_agent.errors import AgentError
+from edge_agent.training.budget import Entry, Limits, Spend, compute_total
 from edge_agent.training.dp_sgd import check_supported
 from edge_agent.training.job import TrainingEvent, TrainingJob
-from edge_agent.training.ledger import Entry, Ledger, Limits, Spend, compute_total
+from edge_agent.training.ledger import Ledger
 from edge_agent.training.updates import UpdateStore
 from models.contract.encoding import build_digest
 from models.contract.envelope import TrainOrder, open_envelope
@@ -71,10 +73,9 @@ class TrainingSession:
             self.report(TrainingEvent(event="order_refused", message=str(error)))
             return None
         except AgentError as error:
-            self.report(TrainingEvent(event="refused", message=str(error), round=order.round, epsilon=self._total()))
+            self._report("refused", str(error), order)
             return None
-        message = f"round {order.round} of run {order.run!r} sent again"
-        self.report(TrainingEvent(event="resent", message=message, round=order.round, epsilon=self._total()))
+        self._report("resent", f"round {order.round} of run {order.run!r} sent again", order)
         return stored
 
     def _train(self, order: TrainOrder, parameters: Vector) -> bytes:
@@ -89,6 +90,7 @@ class TrainingSession:
         )
         limits = Limits(
             epsilon=self.job.epsilon_limit,
+            total_epsilon=self.job.total_epsilon_limit,
             delta=self.job.delta,
             noise_multiplier=self.job.noise_multiplier_limit,
         )
@@ -96,8 +98,7 @@ class TrainingSession:
         trained = self.train(parameters, order.privacy, order.training)
         update = encode_update(trained, order.training.uplink, np.random.default_rng())
         self.updates.save(order.run, order.round, update)
-        message = f"round {order.round} of run {order.run!r} trained"
-        self.report(TrainingEvent(event="trained", message=message, round=order.round, epsilon=self._total()))
+        self._report("trained", f"round {order.round} of run {order.run!r} trained", order)
         return update
 
     def _check_fits(self, order: TrainOrder, parameters: Vector) -> None:
@@ -118,9 +119,11 @@ class TrainingSession:
         if not np.isfinite(parameters).all():
             raise EnvelopeError("the parameters are not finite")
 
-    def _total(self) -> str:
+    def _report(self, event: Literal["trained", "resent", "refused"], message: str, order: TrainOrder) -> None:
         spent = [entry for entry in self.ledger.entries if entry.model == self.job.model]
-        return str(compute_total(spent, self.job.delta))
+        epsilon = str(compute_total(spent, self.job.delta))
+        ledger = self.ledger.head if event == "trained" else None
+        self.report(TrainingEvent(event=event, message=message, round=order.round, epsilon=epsilon, ledger=ledger))
 
 
 def check_not_replayed(order: TrainOrder, entries: Sequence[Entry]) -> None:

@@ -10,6 +10,8 @@ RUN_DIR/sequence                                      the last sequence that an 
 A round without its checkpoint has not happened: its updates are kept, its parameters are written anew.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -142,15 +144,21 @@ def load_parameters(run_dir: Path, layout: Layout, number: int) -> Vector:
 
 def load_checkpoint(run_dir: Path) -> Checkpoint | None:
     """Return the newest completed round whose parameters are whole, or None before the first."""
-    for path in sorted((run_dir / "rounds").glob(f"[0-9]*/{CHECKPOINT_NAME}"), reverse=True):
+    for checkpoint in load_checkpoints(run_dir):
         try:
-            checkpoint = parse_json(path.read_bytes(), Checkpoint, max_bytes=SPEC_MAX_BYTES)
-            parameters = path.with_name(PARAMETERS_NAME).read_bytes()
-        except (OSError, ContractError):
+            parameters = (build_round_dir(run_dir, checkpoint.round) / PARAMETERS_NAME).read_bytes()
+        except OSError:
             continue
         if build_digest(parameters) == checkpoint.parameters_digest:
             return checkpoint
     return None
+
+
+def load_checkpoints(run_dir: Path) -> Iterator[Checkpoint]:
+    """Yield the completed rounds, newest first; one that cannot be read is left out."""
+    for path in sorted((run_dir / "rounds").glob(f"[0-9]*/{CHECKPOINT_NAME}"), reverse=True):
+        with contextlib.suppress(OSError, ContractError):
+            yield parse_json(path.read_bytes(), Checkpoint, max_bytes=SPEC_MAX_BYTES)
 
 
 def save_checkpoint(

@@ -5,8 +5,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_agent.errors import StalledError
+from edge_agent.training.budget import compute_total
 from edge_agent.training.dp_sgd import StepGraph, local_training
-from edge_agent.training.ledger import compute_total, open_ledger
+from edge_agent.training.ledger import open_ledger
 from edge_agent.training.noise import draw_gaussian, draw_poisson
 from edge_agent.training.session import TrainingSession
 from edge_agent.training.updates import UpdateStore
@@ -30,6 +31,7 @@ class Device:
         self.job = build_training_job(directory, **limits)
         directory.mkdir(exist_ok=True)
         self.ledger = open_ledger(directory / "ledger.jsonl")
+        self.ledger.restore(self.job.ledger_copy, self.job.delta, at=0)
         self.events = []
         self.trained = 0
         self.failing = failing
