@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_package(subparsers)
     _add_release(subparsers)
     _add_train(subparsers)
+    _add_simulate(subparsers)
     _add_demo(subparsers)
     return parser
 
@@ -134,6 +135,12 @@ def _add_release(subparsers: _Subparsers) -> None:
 def _add_train(subparsers: _Subparsers) -> None:
     parser = _add_with_config(subparsers, "train", "train a model on the devices' own data, in private")
     parser.add_argument("model", metavar="MODEL", help="as its [models.NAME] section names it")
+    _add_plan(parser)
+    _add_following(parser)
+    parser.set_defaults(execute=commands.run_train)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=10, help="rounds of the run (default: %(default)s)")
     decimals = {
         "epsilon": ("8", "privacy loss of the whole run, at most"),
@@ -162,8 +169,27 @@ def _add_train(subparsers: _Subparsers) -> None:
         "--uplink", choices=("float32", "int8"), default="float32", help="how updates travel (default: %(default)s)"
     )
     parser.add_argument("--steps", type=int, default=5, help="DP-SGD steps a device makes in a round (default: 5)")
-    _add_following(parser)
-    parser.set_defaults(execute=commands.run_train)
+
+
+def _add_simulate(subparsers: _Subparsers) -> None:
+    parser = _add(subparsers, "simulate", "the same rounds with virtual devices, to find out what a plan is worth")
+    parser.add_argument("definition", metavar="FILE.py:NAME", help="or package.module:NAME")
+    parser.add_argument("--train", type=Path, required=True, metavar="DIR", help="one npz of x and y a device")
+    parser.add_argument(
+        "--test", type=Path, required=True, metavar="DIR", help="the same, measured and never trained on"
+    )
+    parser.add_argument(
+        "--unit", choices=("sample",), default="sample", help="what is protected (default: %(default)s)"
+    )
+    _add_plan(parser)
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="S",
+        help="repeats a run bit by bit, without privacy (default: the system's entropy)",
+    )
+    parser.add_argument("--report", type=Path, required=True, metavar="FILE.json", help="what was measured")
+    parser.set_defaults(execute=commands.run_simulate)
 
 
 def _add_demo(subparsers: _Subparsers) -> None:

@@ -152,14 +152,36 @@ def run_train(arguments: Namespace) -> None:
     if arguments.model not in settings.models:
         known = ", ".join(sorted(settings.models)) or "none"
         raise UsageError(f"{arguments.config}: there is no section [models.{arguments.model}]; models here: {known}")
+    request = _build_train_request(arguments, arguments.model)
     with Roster(directory.database_path) as roster:
         enrolled = sum(device.revoked_at is None for device in roster.list_devices())
     try:
-        aggregation = Aggregation(rule=arguments.aggregation, byzantine=arguments.byzantine)
-        aggregation.check_fits(Unit.SAMPLE, devices=enrolled)
-        request = TrainRequest(
-            model=arguments.model,
-            aggregation=aggregation,
+        request.aggregation.check_fits(Unit.SAMPLE, devices=enrolled)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    _enqueue(arguments, directory, request)
+
+
+def run_simulate(arguments: Namespace) -> None:
+    from fl_server.packaging.definitions import load_definition
+    from fl_server.simulation.command import simulate
+
+    definition = load_definition(arguments.definition)
+    simulate(
+        definition,
+        _build_train_request(arguments, definition.name),
+        train_dir=arguments.train,
+        test_dir=arguments.test,
+        seed=arguments.seed,
+        report_path=arguments.report,
+    )
+
+
+def _build_train_request(arguments: Namespace, model: str) -> TrainRequest:
+    try:
+        return TrainRequest(
+            model=model,
+            aggregation=Aggregation(rule=arguments.aggregation, byzantine=arguments.byzantine),
             epsilon=arguments.epsilon,
             delta=arguments.delta,
             sampling_rate=arguments.sampling_rate,
@@ -177,7 +199,6 @@ def run_train(arguments: Namespace) -> None:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    _enqueue(arguments, directory, request)
 
 
 def run_demo(arguments: Namespace) -> None:

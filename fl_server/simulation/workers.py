@@ -1,0 +1,149 @@
+"""The virtual devices: a few processes of the device's own code, which the round driver reaches over pipes.
+
+    driver --orders--> VirtualDevices --one of N pipes--> python -m edge_agent.simulated --updates--> back
+
+Coordinator and device never import each other, so the device's code runs where it does otherwise: in processes of
+its own. Replies are read in the order of the devices, whichever process was faster: a sum of floats depends on it.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import psutil
+
+from fl_server.errors import RunError
+from fl_server.rounds.flower import Reply
+from models.contract.encoding import build_json
+from models.contract.simulation import SimulationJob, VirtualRound
+from models.tensors.layout import Vector, build_vector_bytes
+
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # as the agent starts its training process
+
+
+class Worker:
+    """One process that plays some of the devices."""
+
+    def __init__(self, job: SimulationJob, *, size: int, log_path: Path) -> None:
+        self._update_bytes, self._log_path = 4 * size, log_path
+        with log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "edge_agent.simulated"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **_ONE_THREAD},
+            )
+        self._write(build_json(job) + b"\n")
+
+    def ask(self, envelopes: Mapping[str, bytes], parameters: Vector) -> None:
+        """Have the devices of `envelopes` train, one after the other."""
+        self._write(build_json(VirtualRound(envelopes=dict(envelopes))) + b"\n" + build_vector_bytes(parameters))
+
+    def read(self) -> bytes:
+        """Return the next update, 4 bytes a parameter; raises RunError."""
+        update = _get(self._process.stdout).read(self._update_bytes)
+        if len(update) < self._update_bytes:
+            raise self._explain()
+        return update
+
+    def measure_mb(self) -> float:
+        """Return the memory resident in the process, MB."""
+        return float(psutil.Process(self._process.pid).memory_info().rss / 1e6)
+
+    def close(self) -> None:
+        """End the process; it holds nothing that anybody needs."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            with suppress(BrokenPipeError):
+                _get(stream).close()
+
+    def _write(self, words: bytes) -> None:
+        stream = _get(self._process.stdin)
+        try:
+            stream.write(words)
+            stream.flush()
+        except BrokenPipeError as error:
+            raise self._explain() from error
+
+    def _explain(self) -> RunError:
+        code = self._process.wait()
+        lines = self._log_path.read_text(errors="replace").strip().splitlines()
+        return RunError(f"a process of virtual devices ended with code {code}: {lines[-1] if lines else 'no word'}")
+
+
+class VirtualDevices:
+    """The devices of one run, as the round driver sees them: node `i` is the i-th device by name."""
+
+    def __init__(self, job: SimulationJob, *, size: int, scratch_dir: Path) -> None:
+        """Prepare; no process runs yet.
+
+        Args:
+            job: Of all devices; each process is told of its own alone.
+            size: Number of parameters.
+            scratch_dir: For what the processes say on standard error.
+        """
+        self._job, self._size, self._scratch_dir = job, size, scratch_dir
+        self._names = sorted(job.samples)
+        self._workers: list[Worker] = []
+        self._closing = ExitStack()
+        self._asked: list[int] = []
+        self.peak_mb = 0.0  # of the largest process, seen after each round
+
+    def __enter__(self) -> Self:
+        count = min(len(os.sched_getaffinity(0)), len(self._names))
+        for number in range(count):
+            samples = {name: self._job.samples[name] for name in self._names[number::count]}
+            job = SimulationJob(
+                fleet=self._job.fleet,
+                graph_dir=self._job.graph_dir,
+                coordinator_key=self._job.coordinator_key,
+                samples=samples,
+                seed=self._job.seed,
+            )
+            worker = Worker(job, size=self._size, log_path=self._scratch_dir / f"worker-{number}.log")
+            self._closing.callback(worker.close)
+            self._workers.append(worker)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.close()
+
+    def list_online(self) -> set[int]:
+        """Return all nodes: a virtual device is never away."""
+        return set(range(len(self._names)))
+
+    def send(self, parameters: Vector, envelopes: Mapping[int, bytes], *, lifetime_s: float) -> None:
+        """Hand every process the orders of its devices."""
+        del lifetime_s
+        self._asked = sorted(envelopes)
+        for number, worker in enumerate(self._workers):
+            own = {self._names[node]: envelopes[node] for node in self._asked if self._place(node) == number}
+            if own:
+                worker.ask(own, parameters)
+
+    def collect(self) -> Iterator[Reply]:
+        """Yield every reply, in the order of the nodes, as soon as it is there."""
+        for node in self._asked:
+            yield Reply(node_id=node, update=self._workers[self._place(node)].read())
+        self._asked = []
+        self.peak_mb = max(self.peak_mb, *(worker.measure_mb() for worker in self._workers))
+
+    def forget(self) -> None:
+        """Do nothing: all was answered."""
+
+    def _place(self, node: int) -> int:
+        return node % len(self._workers)
+
+
+def _get(stream: IO[bytes] | None) -> IO[bytes]:
+    assert stream is not None  # a pipe was asked for
+    return stream
