@@ -28,6 +28,11 @@ class Guard:
         self._welcome: set[bytes] = set()  # `Host` as it has been found good; one port a name is the rule
         self._bearer = None if token is None else f"bearer {token}".encode()
 
+    @property
+    def has_token(self) -> bool:
+        """Whether anybody over TCP could pass for the owner."""
+        return self._bearer is not None
+
     def check_sender(self, headers: dict[bytes, bytes]) -> None:
         """Refuse what a web page sends: it carries an Origin, or, after DNS rebinding, a foreign Host."""
         check_origin(headers)
