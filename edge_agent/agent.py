@@ -143,7 +143,10 @@ class Agent:
 
     async def _start_http(self, stack: contextlib.AsyncExitStack) -> None:
         app = App(self._describe_device(), host=self._settings.http.host, token=self._token)
-        await stack.enter_async_context(self._server.answer(app, self._sockets, on_end=self._stopped.set))
+        grpc = self._settings.grpc
+        address = None if grpc is None else (grpc.host, grpc.port)
+        answering = self._server.answer(app, self._sockets, on_end=self._stopped.set, grpc_address=address)
+        await stack.enter_async_context(answering)
 
     async def _start_challenger(self, stack: contextlib.AsyncExitStack) -> None:
         if self._settings.serving.challenger is not None:

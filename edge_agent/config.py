@@ -29,6 +29,17 @@ class HttpSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GrpcSettings:
+    """The same API over gRPC."""
+
+    host: str = "127.0.0.1"
+    port: int = 8001
+
+    def __post_init__(self) -> None:
+        _check_port(self.port, "grpc.port")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerSettings:
     """The MQTT 5 broker of the fleet."""
 
@@ -215,6 +226,7 @@ class AgentSettings:
         model: The one model it serves.
         state_dir: Everything it keeps; made on the first start.
         tuf_root_path: The root of trust that enrolment put there.
+        grpc: None for a device that answers over HTTP only.
         federation: None for a device that only serves.
     """
 
@@ -224,6 +236,7 @@ class AgentSettings:
     state_dir: Path
     tuf_root_path: Path
     http: HttpSettings = field(default_factory=HttpSettings)
+    grpc: GrpcSettings | None = None
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     updates: UpdateSettings = field(default_factory=UpdateSettings)
     federation: FederationSettings | None = None
