@@ -46,5 +46,10 @@ class Spool:
         return [path for path in paths if path.stat().st_size == 4 * self._size]
 
 
+def list_spooled(directory: Path) -> set[str]:
+    """Return whose updates are in `directory`, which another process may be changing."""
+    return {path.name.removesuffix(_SUFFIX) for path in directory.glob(f"[!.]*{_SUFFIX}")}
+
+
 def _to_bytes(update: Vector) -> bytes:
     return update.astype("<f4", copy=False).tobytes()
