@@ -12,6 +12,11 @@ from models.tensors.layout import Vector
 _SUFFIX = ".f32"
 
 
+def list_spooled(directory: Path) -> set[str]:
+    """Return whose updates are in `directory`, which another process may be changing."""
+    return {path.name.removesuffix(_SUFFIX) for path in directory.glob(f"[!.]*{_SUFFIX}")}
+
+
 class Spool:
     """One round's updates in `directory`: raw little-endian float32, one file a device."""
 
@@ -44,11 +49,6 @@ class Spool:
     def _list_whole(self) -> list[Path]:
         paths = sorted(self._directory.glob(f"[!.]*{_SUFFIX}"))
         return [path for path in paths if path.stat().st_size == 4 * self._size]
-
-
-def list_spooled(directory: Path) -> set[str]:
-    """Return whose updates are in `directory`, which another process may be changing."""
-    return {path.name.removesuffix(_SUFFIX) for path in directory.glob(f"[!.]*{_SUFFIX}")}
 
 
 def _to_bytes(update: Vector) -> bytes:
