@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fl_server.fleet.roster import Roster, RosterError
-from fl_server.rounds.run import SPEC_NAME, RunSpec, load_checkpoints, load_spec
+from fl_server.rounds.run import SPEC_NAME, RunSpec, build_round_dir, load_checkpoints, load_spec
+from fl_server.rounds.spool import list_spooled
 from models.contract.ledger import Spent
 from models.contract.privacy import Unit
 
@@ -29,6 +30,11 @@ def keep_spent(roster: Roster, spec: RunSpec, round_number: int, device_ids: Ite
             _log.warning("%s", error)
 
 
+def keep_spooled(roster: Roster, spec: RunSpec, run_dir: Path, round_number: int) -> None:
+    """Keep in `roster` whose updates a round has that is not complete, and may never be."""
+    keep_spent(roster, spec, round_number, list_spooled(build_round_dir(run_dir, round_number) / "updates"))
+
+
 def recover_spent(roster: Roster, runs_dir: Path) -> None:
     """Keep in `roster` what all runs on disk say: a coordinator may have been killed before it did, or be older.
 
@@ -39,3 +45,5 @@ def recover_spent(roster: Roster, runs_dir: Path) -> None:
         spec = load_spec(path.parent)
         for checkpoint in load_checkpoints(path.parent):
             keep_spent(roster, spec, checkpoint.round, checkpoint.accepted)
+        for directory in path.parent.glob("rounds/[0-9]*/updates"):
+            keep_spooled(roster, spec, path.parent, int(directory.parent.name))

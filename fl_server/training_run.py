@@ -28,7 +28,7 @@ from fl_server.plan import build_spec
 from fl_server.release import Releases
 from fl_server.rounds import run as rounds
 from fl_server.rounds.events import Abandoned, Done, Event, Joined, RoundCompleted, UpdateRefused, parse_event
-from fl_server.spent import keep_spent
+from fl_server.spent import keep_spent, keep_spooled
 from fl_server.superlink import SuperLink
 from models.contract.encoding import build_json, parse_json
 from models.contract.files import save_atomically
@@ -224,6 +224,7 @@ class TrainingRun:
                 keep_spent(self._services.roster, spec, event.round, (event.device,))
                 self._say(f"round {event.round}: the update of {event.device} does not count: {event.reason}")
             case Abandoned():
+                keep_spooled(self._services.roster, spec, self._run_dir, event.round)
                 self._say(f"round {event.round} was abandoned: {event.reason}")
                 self._absent = set(spec.devices)
                 self._woken_again.clear()

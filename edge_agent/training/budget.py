@@ -131,8 +131,11 @@ def decide_spend(entries: Iterable[Entry], spend: Spend, limits: Limits) -> tupl
             limit=limits.noise_multiplier,
         )
     times = sum(entry.round == spend.round for entry in of_run)
-    _check(Decimal(times + 1), Decimal(ROUND_SPENDS_MAX), f"round {spend.round} of run {spend.run!r} would be charged "
-           "{asked} times, at most {limit} are allowed")  # fmt: skip
+    _check(
+        Decimal(times + 1),
+        Decimal(ROUND_SPENDS_MAX),
+        f"round {spend.round} of run {spend.run!r} would be charged {{asked}} times, at most {{limit}} are allowed",
+    )
     _check(
         compute_total([*of_run, spend], privacy.delta),
         privacy.epsilon,

@@ -223,7 +223,7 @@ def test_killed_at_any_point_every_distinct_update_that_left_was_charged(tmp_pat
         def answer(tell, directory=directory):
             with Device(directory, orders) as device:
                 for envelope in envelopes.values():
-                    tell(device.handle(envelope).tobytes().hex())
+                    tell(bytes(device.handle(envelope)).hex())
 
         outcome = run_until_crash(answer, crash_at=crash_at)
         left = set(outcome.told)
@@ -231,7 +231,7 @@ def test_killed_at_any_point_every_distinct_update_that_left_was_charged(tmp_pat
             for number in range(min(len(outcome.told) + 1, 2), 3):
                 update = device.handle(envelopes[number])
                 assert update is not None
-                left.add(update.tobytes().hex())
+                left.add(bytes(update).hex())
             assert 2 <= len(left) <= len(device.ledger.entries)
         if not outcome.crashed:
             break
