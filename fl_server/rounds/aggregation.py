@@ -9,6 +9,8 @@ from models.tensors.layout import Vector
 from models.tensors.norms import l2_norm
 from models.tensors.uplink import decode_update
 
+_BLOCK = 1 << 16  # values
+
 
 def check_update(data: bytes, *, size: int, norm_limit: float, uplink: Uplink = "float32") -> Vector | str:
     """Return the update in `data`, shape (size,), float32, or the reason why it does not count.
@@ -44,5 +46,8 @@ class MeanFold:
         """Return `parameters` moved by the mean, shape (size,), float32; unchanged where nothing was added."""
         if self.count == 0:
             return parameters
-        moved: Vector = (parameters + self._sum / self.count).astype(np.float32)
+        moved = np.empty(parameters.size, np.float32)
+        for start in range(0, moved.size, _BLOCK):  # no second vector of float64
+            block = slice(start, start + _BLOCK)
+            moved[block] = parameters[block] + self._sum[block] / self.count
         return moved

@@ -319,7 +319,8 @@ class _Attempt:
             size=self._spec.layout.size,
             aggregation=self._spec.aggregation,
         )
-        return (parameters + step).astype(np.float32)
+        step += parameters
+        return step.astype(np.float32)
 
     def decide(self) -> Decision:
         return decide_round(
