@@ -188,6 +188,12 @@ def _add_simulate(subparsers: _Subparsers) -> None:
         metavar="S",
         help="repeats a run bit by bit, without privacy (default: the system's entropy)",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("inline", "ray"),
+        default="inline",
+        help="a process a core, or Flower's simulation engine (extra: simulation); default: %(default)s",
+    )
     parser.add_argument("--report", type=Path, required=True, metavar="FILE.json", help="what was measured")
     parser.set_defaults(execute=commands.run_simulate)
 

@@ -173,6 +173,7 @@ def run_simulate(arguments: Namespace) -> None:
         train_dir=arguments.train,
         test_dir=arguments.test,
         seed=arguments.seed,
+        engine=arguments.engine,
         report_path=arguments.report,
     )
 

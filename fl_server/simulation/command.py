@@ -11,7 +11,7 @@ from fl_server.jobs import TrainRequest
 from fl_server.packaging.export import export_architecture
 from fl_server.packaging.losses import build_target_spec
 from fl_server.simulation.data import check_plan, load_samples
-from fl_server.simulation.simulate import Result, Simulation, build_privacy
+from fl_server.simulation.simulate import Engine, Result, Simulation, build_privacy
 from models.definitions import ModelDefinition
 
 SEEDED = "follows from the seed: whoever knows it can take the noise off again, so this run is not private"
@@ -25,6 +25,7 @@ def simulate(
     train_dir: Path,
     test_dir: Path,
     seed: int | None,
+    engine: Engine,
     report_path: Path,
 ) -> None:
     """Simulate one run, tell of every round on standard output, and write the report.
@@ -52,7 +53,8 @@ def simulate(
         _say(f"exporting {definition.name}; once, it takes some seconds")
         architecture = export_architecture(definition, Path(scratch, "architecture"))
         simulation = Simulation(definition, architecture, Path(scratch), _say)
-        result = simulation.run(request, {name: samples.path for name, samples in train.items()}, test, seed=seed)
+        paths = {name: samples.path for name, samples in train.items()}
+        result = simulation.run(request, paths, test, seed=seed, engine=engine)
     document = build_report(result, seed=seed)
     report_path.write_text(json.dumps(document, indent=1) + "\n")
     _say(f"noise {document['noise']['note']}")
