@@ -23,8 +23,9 @@ from models.contract.encoding import parse_json
 from models.contract.envelope import TrainOrder, open_envelope
 from models.contract.errors import ContractError
 from models.contract.manifest import MANIFEST_NAME, TrainingContract, parse_manifest
-from models.contract.simulation import SimulationJob, VirtualRound
-from models.tensors.layout import Vector, build_vector_bytes, parse_vector_bytes
+from models.contract.simulation import UPDATE_LENGTH_BYTES, SimulationJob, VirtualRound
+from models.tensors.layout import Vector, parse_vector_bytes
+from models.tensors.uplink import encode_update
 
 LINE_MAX_BYTES = 1 << 30  # the coordinator's own words, about 2 kB a device
 
@@ -60,7 +61,8 @@ def play(words: BinaryIO) -> Iterator[bytes]:
         asked = parse_json(line, VirtualRound, max_bytes=LINE_MAX_BYTES)
         parameters = parse_vector_bytes(words.read(4 * step.size))
         for device_id, envelope in asked.envelopes.items():
-            yield build_vector_bytes(device.train(device_id, parameters, envelope))
+            update = device.train(device_id, parameters, envelope)
+            yield len(update).to_bytes(UPDATE_LENGTH_BYTES, "little") + update
 
 
 class _Devices:
@@ -70,7 +72,7 @@ class _Devices:
         self._job, self._step, self._target, self._dtype = job, step, contract.target, dtype
         self._key = Ed25519PublicKey.from_public_bytes(job.coordinator_key)
 
-    def train(self, device_id: str, parameters: Vector, envelope: bytes) -> Vector:
+    def train(self, device_id: str, parameters: Vector, envelope: bytes) -> bytes:
         order = open_envelope(
             envelope, TrainOrder, key=self._key, fleet=self._job.fleet, audience=device_id, now_s=time.time()
         )
@@ -80,7 +82,7 @@ class _Devices:
             x = arrays["x"].astype(self._dtype, copy=False)
             y = arrays["y"].astype(self._target.dtype, copy=False).reshape(-1, *self._target.row_shape)
         entropy = _choose_entropy(self._job.seed, f"{device_id} {order.round}")
-        return local_training(
+        update = local_training(
             self._step,
             x,
             y,
@@ -90,6 +92,8 @@ class _Devices:
             partial(draw_gaussian, entropy=entropy),
             partial(draw_poisson, entropy=entropy),
         )
+        rounding = np.random.default_rng(int.from_bytes(entropy(16), "little"))
+        return encode_update(update, order.training.uplink, rounding)
 
 
 def _choose_entropy(seed: int | None, purpose: str) -> Entropy:

@@ -158,7 +158,7 @@ class Simulation:
         if engine == "ray":
             _run_on_ray(job, spec, self._scratch_dir, drive)
         else:
-            drive(VirtualDevices(job, size=spec.layout.size, scratch_dir=self._scratch_dir))
+            drive(VirtualDevices(job, scratch_dir=self._scratch_dir))
         return Result(
             model=self._definition.name,
             metric_name=metric_name,
@@ -221,7 +221,7 @@ def _run_on_ray(
         raise UsageError("--engine ray needs Flower's simulation engine: pip install 'edge-fl[simulation]'")
     from fl_server.rounds.flower.engine import run_on_engine
 
-    train = partial(play, build_json(job), spec.layout.size, scratch_dir / "workers.log")
+    train = partial(play, build_json(job), scratch_dir / "workers.log")
     run_on_engine(sorted(spec.devices), train, lambda exchange: drive(nullcontext(exchange)))
 
 

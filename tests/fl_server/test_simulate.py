@@ -97,6 +97,15 @@ def test_flowers_engine_runs_the_same_rounds_to_the_last_bit(simulation: Simulat
     assert len(digests) == 1
 
 
+def test_updates_of_int8_count_as_those_of_float32_do(place: Path, tmp_path: Path) -> None:
+    values = []
+    for uplink in ("float32", "int8"):
+        report = tmp_path / f"{uplink}.json"
+        assert main(command(place, report, seed=3, uplink=uplink)) == 0
+        values.append(json.loads(report.read_text())["metric"]["value"])
+    assert values[1] == pytest.approx(values[0], abs=0.05)
+
+
 def test_a_process_of_devices_that_fails_ends_the_run_with_its_words(simulation: Simulation, place: Path) -> None:
     definition = load_definition(f"{place / 'sides.py'}:definition")
     test = load_samples(place / "test", definition, build_target_spec(definition))
