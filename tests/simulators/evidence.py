@@ -22,8 +22,10 @@ from edge_agent.training.session import TrainingSession
 from edge_agent.training.updates import UpdateStore
 from fl_server.packaging.export import export_architecture
 from models.contract.encoding import build_digest
+from models.contract.ledger import LedgerHead
 from models.contract.manifest import TRAIN_STEP_NAME, FileEntry
 from models.definitions import ModelDefinition, TensorSpec
+from models.tensors.uplink import decode_update
 from tests.simulators.step_graph import build_privacy, build_step_graph, build_step_manifest, build_training
 from tests.simulators.training import NOW_S, Orders, build_training_job
 
@@ -48,7 +50,12 @@ class Device:
         self._directory, self._digest, self._manifest = directory, build_digest(graph), manifest
         self._orders = Orders(graph_digest=self._digest)
         self._job = build_training_job(
-            directory, epsilon_limit=epsilon_limit, delta=Decimal(delta), noise_multiplier_limit=Decimal(0)
+            directory,
+            epsilon_limit=epsilon_limit,
+            total_epsilon_limit=UNLIMITED,
+            delta=Decimal(delta),
+            noise_multiplier_limit=Decimal(0),
+            ledger_copy=LedgerHead(),  # a coordinator that always says that nothing was spent
         )
 
     def answer(self, parameters, privacy, training):
@@ -57,6 +64,7 @@ class Device:
         envelope = self._orders.build(self.round, parameters, privacy=privacy, training=training)
         samples = SimpleNamespace(load=lambda _input, _target: (self.x, self.y))
         with trainer.open_ledger(self._directory / trainer.LEDGER_NAME) as ledger:
+            trainer._restore(ledger, self._job)
             session = TrainingSession(
                 job=self._job,
                 graph_digest=self._digest,
@@ -72,7 +80,7 @@ class Device:
         if update is None:
             return None
         share = float(training.learning_rate / training.expected_batch * privacy.clipping_norm)
-        return -update.astype(np.float64) / share
+        return -decode_update(update, training.uplink, size=self._step.size).astype(np.float64) / share
 
 
 def build_linear_device(directory: Path, *, features: int, x, y, **limits) -> Device:
