@@ -126,7 +126,7 @@ class ModelServer:
 
 
 def _bind_grpc(app: App, host: str, port: int) -> "GrpcServer":
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what its log would say, callers and our own say
+    os.environ["GRPC_VERBOSITY"] = "NONE"  # what its log would say, callers and our own say
     try:
         from edge_agent.rpc.server import GrpcServer  # 15 MB that only who turns it on pays for
     except ImportError as error:
