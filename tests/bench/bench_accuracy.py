@@ -1,9 +1,9 @@
 """What private training is worth: accuracy by epsilon on digits, simulated with the code of real runs.
 
 Eight devices, labels over them by a Dirichlet draw of concentration 1, six rounds, delta 1e-3, unit `sample`; mean of
-five seeds on 300 test images that nothing was chosen by. `python -m tests.bench.bench_accuracy --tune` prints, on the
-validation images of other seeds, what the learning rates below were chosen by; tuning itself is not accounted for.
-`--out FOLDER` writes the whole curve, as a table and a plot.
+five seeds on 300 test images. `python -m tests.bench.bench_accuracy --tune` prints, on the validation images of other
+seeds, what the learning rates below were chosen by. Those splits are drawn from the same images, so the means are
+slightly optimistic; tuning itself is not accounted for.
 """
 
 import argparse
