@@ -1,11 +1,10 @@
-"""One agent a state directory: a lock that the kernel gives back however its holder ends."""
+"""One agent a state directory."""
 
-import fcntl
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from models.contract.files import locking
 from models.contract.settings import SettingsError
 
 LOCK_NAME = ".lock"
@@ -18,15 +17,11 @@ def holding_lock(state_dir: Path) -> Iterator[None]:
     Raises:
         SettingsError: Another agent holds it, or it cannot be written.
     """
-    try:
-        descriptor = os.open(state_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise SettingsError(f"{error.filename}: {error.strerror}") from error
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locking(state_dir / LOCK_NAME))
         except BlockingIOError as error:
             raise SettingsError(f"state_dir: another agent is running in {state_dir}") from error
+        except OSError as error:
+            raise SettingsError(f"{error.filename}: {error.strerror}") from error
         yield
-    finally:
-        os.close(descriptor)

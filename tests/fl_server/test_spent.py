@@ -12,34 +12,11 @@ from fl_server.rounds.run import RunSpec, build_round_dir, create_run, save_chec
 from fl_server.rounds.spool import Spool
 from fl_server.spent import keep_spent, recover_spent
 from models.contract.ledger import LedgerHead, Spent
-from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
+from models.contract.privacy import Unit
 from models.tensors.layout import Layout
+from tests.simulators.runs import build_spec
 
-SPEC = RunSpec(
-    fleet="demo",
-    model="digits",
-    run="run-1",
-    graph_digest="a" * 64,
-    layout=Layout(names=("bias",), shapes=((2,),)),
-    privacy=PrivacyPlan(
-        unit=Unit.SAMPLE,
-        clipping_norm=Decimal(1),
-        noise_multiplier=Decimal("1.5"),
-        sampling_rate=Decimal("0.1"),
-        delta=Decimal("0.001"),
-        epsilon=Decimal(8),
-    ),
-    training=TrainingPlan(rounds=3, steps=10, expected_batch=Decimal(8), learning_rate=Decimal("0.1")),
-    devices={"device-1": 1, "device-2": 2},
-    quorum=1,
-    deadline_s=60.0,
-    join_timeout_s=30.0,
-    superlink="127.0.0.1:9092",
-    ca_path="/ca.pem",
-    superexec_secret_path="/secret",
-    order_key_path="/orders.pem",
-    update_norm_limit=Decimal(12),
-)
+SPEC = build_spec(layout=Layout(names=("bias",), shapes=((2,),)))
 ROUND = Spent(model="digits", sampling_rate=Decimal("0.1"), noise_multiplier=Decimal("1.5"), steps=10)
 PARAMETERS = np.zeros(2, np.float32)
 

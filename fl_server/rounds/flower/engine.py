@@ -21,7 +21,7 @@ from fl_server.errors import RunError
 from fl_server.rounds.flower.session import Reply
 from models.tensors.layout import Vector, build_vector_bytes
 
-# Device id, envelope, parameters -> update; both as 4 bytes a parameter. Travels to the actors, so it is picklable.
+# Device id, envelope, parameters as float32 -> update as it travels. Goes to the actors, so it is picklable.
 Train: TypeAlias = Callable[[str, bytes, bytes], bytes]
 
 POLL_S = 0.05

@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from edge_agent.http.app import App, Device
+from edge_agent.http.app import App
 from edge_agent.http.listener import Limits
 from edge_agent.inference.engine import Engine
 from edge_agent.inference.model import load_version
@@ -19,6 +19,7 @@ from edge_agent.rpc.server import GrpcServer
 from edge_agent.rpc.service import SERVICE
 from models.contract.settings import SettingsError
 from tests.simulators.agent import find_free_port
+from tests.simulators.local_api import build_device
 from tests.simulators.tiny_models import FEATURES, save_version
 
 MESSAGES = load_messages()
@@ -33,19 +34,7 @@ def build_app(directory: Path) -> App:
     engine = Engine("tiny")
     save_version(directory)
     engine.activate(load_version(directory))
-    device = Device(
-        agent_version="1",
-        models=engine,
-        add_samples=lambda samples: [],
-        build_inputs=lambda rows: {},
-        get_status=dict,
-        get_privacy=dict,
-        get_metrics=str,
-        record_latency=lambda seconds: None,
-        record_failure=lambda: None,
-        add_feedback=lambda request_id, target: [],
-    )
-    return App(device, host="127.0.0.1")
+    return App(build_device(engine), host="127.0.0.1")
 
 
 def test_slow_sender_and_too_much_at_once_are_refused_and_others_are_served(tmp_path: Path) -> None:
