@@ -63,7 +63,7 @@ class LocalPredictor:
         manifest = self._model.manifest
         self.description = Description(
             model=manifest.model,
-            version=f"{manifest.version} {manifest.files[manifest.inference_name].digest[:16]}",
+            version=f"{manifest.version} {manifest.files[manifest.serving_names[-1]].digest[:16]}",  # the weights'
             inputs=manifest.inputs,
             outputs=manifest.outputs,
             labels=manifest.labels,

@@ -82,7 +82,7 @@ def run_package(arguments: Namespace) -> None:
     manifest = (_package_file if is_graph_file(arguments.source) else _package_definition)(arguments)
     quality = manifest.quality
     worth = f", {quality.metric} {quality.value:.3f} on {quality.samples} samples" if quality else ""
-    size = manifest.files[manifest.inference_name].size_bytes
+    size = sum(manifest.files[name].size_bytes for name in manifest.serving_names)
     precision = f" in {manifest.measured.packaged}" if manifest.measured else ""
     print(f"packaged {manifest.model} version {manifest.version} in {arguments.out}: {size} bytes{precision}{worth}")
 

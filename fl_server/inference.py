@@ -9,6 +9,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from fl_server.errors import ServerError, UsageError
+from models.contract.manifest import WEIGHTS_NAME
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -24,13 +25,16 @@ class Graph(Protocol):
 
 
 class OnnxGraph:
-    """A graph in onnxruntime."""
+    """A graph in onnxruntime, with the weights that lie beside it, if it has any there: as devices load it."""
 
     def __init__(self, path: Path) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1  # two threads double the time of small models
         options.log_severity_level = 4  # errors come as exceptions
-        self.session = ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+        graph, *others = (file.read_bytes() for file in list_graph_files(path))
+        for weights in others:
+            options.add_external_initializers_from_files_in_memory([WEIGHTS_NAME], [weights], [len(weights)])
+        self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self._outputs = [tensor.name for tensor in self.session.get_outputs()]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -78,6 +82,12 @@ class TfliteGraph:
         by_index = {tensor["index"]: tensor for tensor in details}
         (signature,) = signatures.values()
         return {name: by_index[index] for name, index in signature[door].items()}
+
+
+def list_graph_files(path: Path) -> list[Path]:
+    """Return `path`, and the file beside it with the weights of an ONNX graph that has them outside."""
+    weights_path = path.with_name(WEIGHTS_NAME)
+    return [path, weights_path] if path.suffix == ".onnx" and weights_path.exists() else [path]
 
 
 def open_graph(path: Path) -> Graph:

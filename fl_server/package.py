@@ -20,6 +20,7 @@ from fl_server.packaging.imported import Run, load_imported, package_imported
 from fl_server.packaging.package import Tools, package_version
 from fl_server.packaging.tflite import TfliteExporter
 from fl_server.registry.registry import Registry
+from fl_server.release import find_released
 from models.contract.manifest import Lineage, ModelManifest, Quality
 from models.contract.topics import check_name
 from models.definitions import ModelDefinition
@@ -88,7 +89,11 @@ def package_definition(
             ),
             version=_get_next_version(directory, definition.name),
             calibration=_make_up_inputs(definition.inputs[0]) if ranges is None else ranges.x,
-            tools=Tools(measure=_build_measure(definition, validation), tflite=tflite),
+            tools=Tools(
+                measure=_build_measure(definition, validation),
+                tflite=tflite,
+                running=_list_running(directory, definition.name),
+            ),
             lineage=Lineage(),
             privacy=None,
             out_dir=out_dir,
@@ -178,6 +183,13 @@ def _get_next_version(directory: Directory | None, model: str) -> int:
         return 1
     with Registry(directory.registry_dir) as registry:
         return registry.get_next_version(model)
+
+
+def _list_running(directory: Directory | None, model: str) -> list[Path]:
+    if directory is None:
+        return []
+    with Registry(directory.registry_dir) as registry:
+        return [version.directory for version in find_released(registry, model).values()]
 
 
 def _build_measure(definition: ModelDefinition, data: HeldOutData | None) -> Callable[[Path, Path], Quality | None]:

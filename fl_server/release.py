@@ -171,7 +171,7 @@ class Releases:
                     parameters=parameters,
                     version=registry.get_next_version(model),
                     calibration=self._load_calibration(model, architecture),
-                    tools=self._build_tools(model, architecture),
+                    tools=self._build_tools(model, architecture, find_released(registry, model)),
                     lineage=lineage,
                     privacy=privacy,
                     out_dir=scratch_dir,
@@ -194,7 +194,7 @@ class Releases:
         blobs: dict[str, Path | bytes] = {build_digest(pem): pem}
         with Registry(self._directory.registry_dir) as registry:
             for model in registry.search_registered_models():
-                released = _find_released(registry, model)
+                released = find_released(registry, model)
                 manifests = {alias: version.load_manifest_bytes() for alias, version in released.items()}
                 self._repository.set_release(model, manifests, now=now)
                 for version in released.values():
@@ -217,12 +217,13 @@ class Releases:
             settings.calibration or settings.validation, architecture.inputs[0], architecture.features
         ).x
 
-    def _build_tools(self, model: str, architecture: Architecture) -> Tools:
+    def _build_tools(self, model: str, architecture: Architecture, released: Mapping[str, ModelVersion]) -> Tools:
         runtime = self._get_settings(model).runtime
         definition = resolve_definition(self._settings, model, self._directory.path)
         return Tools(
             measure=self._build_measure(model, architecture),
             tflite=build_exporter(definition) if runtime == "tflite" else None,
+            running=[version.directory for version in released.values()],
         )
 
     def _build_measure(self, model: str, architecture: Architecture) -> Callable[[Path, Path], Quality]:
@@ -237,7 +238,8 @@ class Releases:
         return lambda inference_path, float_path: measure_quality(inference_path, float_path, x, y, metric)
 
 
-def _find_released(registry: Registry, model: str) -> dict[str, ModelVersion]:
+def find_released(registry: Registry, model: str) -> dict[str, ModelVersion]:
+    """Return the versions that devices run or fetch, by alias, the champion first."""
     released = {}
     for alias in ("champion", "previous"):  # the previous one's blobs stay for who is fetching them just now
         try:

@@ -100,8 +100,8 @@ class ServedModel:
         return "the inputs changed while they were checked"
 
 
-def find_backend(runtime: Runtime) -> Callable[[Path], Backend]:
-    """Return what opens a graph of `runtime`; only now is it imported."""
+def find_backend(runtime: Runtime) -> Callable[..., Backend]:
+    """Return what opens a graph of `runtime`, given the paths of a version's serving files; only now is it imported."""
     if runtime == "tflite":
         from edge_agent.inference.tflite_backend import TfliteBackend
 
@@ -112,7 +112,7 @@ def find_backend(runtime: Runtime) -> Callable[[Path], Backend]:
 
 
 def load_version(directory: Path) -> ServedModel:
-    """Return the version in `directory`, its graph verified by the manifest's digest.
+    """Return the version in `directory`, its graph and weights verified by the manifest's digests.
 
     Raises:
         StalledError: A file is missing or is not what the manifest says, or as `load_model`.
@@ -126,10 +126,11 @@ def load_manifest(directory: Path) -> ModelManifest:
     """Return the manifest of the version in `directory`, whose graph is there and as it says; raises as `load_version`."""
     try:
         manifest = parse_manifest((directory / MANIFEST_NAME).read_bytes())
-        entry, path = manifest.files[manifest.inference_name], directory / manifest.inference_name
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry.digest:
-                raise StalledError(f"{path}: not the file that {MANIFEST_NAME} names: its digest is another")
+        for name in manifest.serving_names:
+            path = directory / name
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != manifest.files[name].digest:
+                    raise StalledError(f"{path}: not the file that {MANIFEST_NAME} names: its digest is another")
     except OSError as error:
         raise StalledError(f"{error.filename}: {error.strerror}") from error
     return manifest
@@ -141,7 +142,7 @@ def load_model(directory: Path, manifest: ModelManifest) -> ServedModel:
     Raises:
         StalledError: It does not load, or does not answer as its manifest says.
     """
-    backend = find_backend(manifest.runtime)(directory / manifest.inference_name)
+    backend = find_backend(manifest.runtime)(*(directory / name for name in manifest.serving_names))
     _check_names("inputs", backend.input_names, manifest.inputs)
     _check_names("outputs", backend.output_names, manifest.outputs)
     model = ServedModel(manifest, backend)

@@ -51,6 +51,20 @@ class BlobStore:
             self._discard(entry.digest)  # which chunk it was cannot be known
             raise TransientError(f"blob {entry.digest[:12]}… arrived with digest {found[:12]}… and was discarded")
 
+    async def keep(self, entry: FileEntry, chunks: Iterator[bytes]) -> None:
+        """Keep the chunks of an artifact that was made here, and verify it; a wrong one is discarded.
+
+        Raises:
+            TransientError: It is not what `entry` says, or the disk is full.
+            ValueError: As `chunks` raises it.
+        """
+        try:
+            await asyncio.to_thread(self._write, entry, chunks)
+        except ValueError:
+            self._discard(entry.digest)
+            raise
+        await self.fetch(entry)
+
     def read(self, entry: FileEntry) -> Iterator[bytes]:
         """Yield the chunks of an artifact that was fetched."""
         for index in range(count_chunks(entry.size_bytes)):
@@ -87,6 +101,12 @@ class BlobStore:
             raise TransientError(f"{where} has {len(data)} bytes, expected {expected}")
         with self._keeping(entry):
             self._get_chunk_path(entry, index).write_bytes(data)
+
+    def _write(self, entry: FileEntry, chunks: Iterator[bytes]) -> None:
+        with self._keeping(entry):
+            (self._dir / entry.digest).mkdir(parents=True, exist_ok=True)
+            for index, chunk in enumerate(chunks):
+                self._get_chunk_path(entry, index).write_bytes(chunk)
 
     @contextmanager
     def _keeping(self, entry: FileEntry) -> Iterator[None]:

@@ -1,24 +1,46 @@
-"""Which files of a version a device needs, and how they come here verified."""
+"""Which files of a version a device needs, and how they come here verified.
+
+Weights come as a delta to those that a slot holds, if the version has one for them, and whole if that fails.
+"""
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
-from edge_agent.errors import StalledError
+from edge_agent.errors import StalledError, TransientError
 from edge_agent.updates.blobs import BlobStore
 from edge_agent.updates.slots import Slots
-from models.contract.manifest import GRAPH_NAMES, FileEntry, ModelManifest, parse_manifest
+from models.contract.manifest import (
+    GRAPH_NAMES,
+    WEIGHTS_NAME,
+    FileEntry,
+    ModelManifest,
+    parse_manifest,
+)
 from models.contract.messages import EventKind
-from models.contract.offer import build_graph_target
+from models.contract.offer import CHUNK_MAX_BYTES, build_graph_target
+
+logger = logging.getLogger(__name__)
 
 FindTarget: TypeAlias = Callable[[str], FileEntry | None]
 OnEvent: TypeAlias = Callable[[EventKind, str, int | None], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shortcut:
+    """A delta, and the weights in a slot that it is added to."""
+
+    delta: FileEntry
+    base_path: Path
+
+
 def list_needed(manifest: ModelManifest, *, trains: bool) -> list[str]:
     """Return the names of the files a device needs, with or without those it trains with."""
     graphs = GRAPH_NAMES if trains and manifest.training is not None else ()
-    return [manifest.inference_name, *graphs]
+    return [*manifest.serving_names, *graphs]
 
 
 class Downloader:
@@ -44,15 +66,49 @@ class Downloader:
         for name in needed.keys() & set(GRAPH_NAMES):
             if find_target(build_graph_target(needed[name].digest, name)) != needed[name]:
                 raise StalledError(f"{name} of version {manifest.version} is not signed by the offline role")
-        missing = [entry for name, entry in needed.items() if not await asyncio.to_thread(self._slots.has, entry, name)]
-        await self._fetch_files(missing, champion, manifest.version)
+        missing, shortcut = await asyncio.to_thread(self._look, manifest, needed)
+        await self._fetch_files(missing, shortcut, champion, manifest.version)
         return data
 
-    async def _fetch_files(self, missing: list[FileEntry], champion: FileEntry, version: int) -> None:
-        what = f"{len(missing)} files, {sum(entry.size_bytes for entry in missing)} bytes"
+    def _look(
+        self, manifest: ModelManifest, needed: dict[str, FileEntry]
+    ) -> tuple[dict[str, FileEntry], _Shortcut | None]:
+        """Return what no slot holds, by name, and a shorter way to the weights if they are among it."""
+        missing = {name: entry for name, entry in needed.items() if self._slots.find(entry, name) is None}
+        if WEIGHTS_NAME in missing:
+            for delta in manifest.deltas:
+                base = FileEntry(digest=delta.base, size_bytes=missing[WEIGHTS_NAME].size_bytes)
+                if (path := self._slots.find(base, WEIGHTS_NAME)) is not None:
+                    return missing, _Shortcut(delta=delta.file, base_path=path)
+        return missing, None
+
+    async def _fetch_files(
+        self, missing: dict[str, FileEntry], shortcut: _Shortcut | None, champion: FileEntry, version: int
+    ) -> None:
+        fetched = missing if shortcut is None else missing | {WEIGHTS_NAME: shortcut.delta}
+        what = f"{len(fetched)} files, {sum(entry.size_bytes for entry in fetched.values())} bytes"
         self._on_event(EventKind.DOWNLOADING, what, version)
-        self._blobs.keep_only([champion.digest, *(entry.digest for entry in missing)])
-        for entry in missing:
-            await self._blobs.fetch(entry)
+        self._blobs.keep_only(entry.digest for entry in (champion, *missing.values(), *fetched.values()))
+        for name, entry in missing.items():
+            if name != WEIGHTS_NAME or shortcut is None or not await self._take_shortcut(shortcut, entry):
+                await self._blobs.fetch(entry)
         self._on_event(EventKind.DOWNLOADED, what, version)
         self._on_event(EventKind.VERIFIED, f"manifest {champion.digest[:12]}… and its files", version)
+
+    async def _take_shortcut(self, shortcut: _Shortcut, weights: FileEntry) -> bool:
+        """Make `weights` of those in a slot; return whether that gave what was signed."""
+        try:
+            await self._blobs.fetch(shortcut.delta)
+            delta = b"".join(self._blobs.read(shortcut.delta))
+            await self._blobs.keep(weights, _rebuild(shortcut.base_path, delta, weights.size_bytes))
+        except (TransientError, OSError, ValueError) as error:
+            logger.warning("the weights are fetched whole, all %d bytes: %s", weights.size_bytes, error)
+            return False
+        return True
+
+
+def _rebuild(base_path: Path, delta: bytes, size_bytes: int) -> Iterator[bytes]:
+    from models.tensors.delta import apply_delta  # zstandard, which a device without deltas does without
+
+    with base_path.open("rb") as base:
+        yield from apply_delta(base, delta, size_bytes=size_bytes, block_bytes=CHUNK_MAX_BYTES)

@@ -86,9 +86,9 @@ class Slots:
     def rejected(self) -> frozenset[str]:
         return frozenset(self._state.rejected)
 
-    def has(self, entry: FileEntry, name: str) -> bool:
-        """Return whether a slot holds the file `name` as `entry` says, to the bit."""
-        return any(_is_file(self._dir / slot / name, entry) for slot in ("a", "b"))
+    def find(self, entry: FileEntry, name: str) -> Path | None:
+        """Return the path in a slot of the file `name` as `entry` says, to the bit; None if no slot holds it."""
+        return next((path for path in self._dir.glob(f"[ab]/{name}") if _is_file(path, entry)), None)
 
     def stage(self, manifest: bytes, names: Iterable[str], read: Callable[[FileEntry], Iterator[bytes]]) -> None:
         """Write a version to the idle slot and arm its trial.
@@ -150,7 +150,7 @@ class Slots:
         keep = {name for name, entry in files.items() if _is_file(slot_dir / name, entry)}
         _clear(slot_dir, keep=keep)
         for name in sorted(files.keys() - keep):
-            other = next((path for path in self._dir.glob(f"[ab]/{name}") if _is_file(path, files[name])), None)
+            other = self.find(files[name], name)
             _write_file(slot_dir / name, files[name], read(files[name]) if other is None else _read_file(other))
         sync_directory(slot_dir)
 
@@ -198,7 +198,7 @@ def _load_version(slots_dir: Path, slot: SlotName, digest: str) -> Version:
             raise StalledError(f"{MANIFEST_NAME} in slot {slot} is damaged")
         manifest = parse_manifest(data)
         for name, entry in manifest.files.items():
-            needed = name == manifest.inference_name or (directory / name).exists()
+            needed = name in manifest.serving_names or (directory / name).exists()
             if needed and not _is_file(directory / name, entry):
                 raise StalledError(f"{name} in slot {slot} is damaged")
     except (OSError, ContractError) as error:

@@ -2,23 +2,21 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
 from fl_server.errors import DefinitionError, UsageError
-from fl_server.inference import open_graph, run_batches
+from fl_server.inference import list_graph_files
 from fl_server.packaging.architecture import Architecture, check_parameters
-from fl_server.packaging.graphs import build_with_parameters, load_graph, save_graph
+from fl_server.packaging.candidates import Exporter, build_candidates, run_graph
 from fl_server.packaging.precision import BATCH, StrayingError, choose_precision, compute_deviation, measure_figures
-from fl_server.packaging.quantize import quantize
 from fl_server.packaging.staging import staged_directory
-from fl_server.packaging.tflite import CALIBRATION_ROWS, FLOAT_NAME, INT8_NAME
 from models.contract.encoding import build_digest
 from models.contract.manifest import (
     EVALUATE_NAME,
@@ -26,54 +24,37 @@ from models.contract.manifest import (
     MANIFEST_NAME,
     PARAMETERS_NAME,
     TRAIN_STEP_NAME,
+    WEIGHTS_NAME,
+    Delta,
     Figures,
     FileEntry,
     Lineage,
     ModelManifest,
-    Precision,
     Quality,
     Runtime,
     build_manifest,
+    parse_manifest,
 )
 from models.contract.privacy import PrivacyStatement
-
-_FLOAT_NAME = "float.onnx"
-_SAME = 1e-3  # between torch and onnxruntime, relative to the largest output
-
-
-class Exporter(Protocol):
-    """What makes TFLite graphs, `FLOAT_NAME` and `INT8_NAME` in a folder; returns the torch module's own outputs."""
-
-    def export(
-        self, parameters: Mapping[str, npt.NDArray[np.float32]], calibration: npt.NDArray[Any], directory: Path
-    ) -> npt.NDArray[Any]: ...
+from models.tensors.delta import build_delta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tools:
-    """What packaging has others do.
+    """What packaging works with.
 
     Attributes:
         measure: Given the packaged graph and the float one, says what the version is worth, if that is known.
         measure_figures: Says what a graph costs on inputs by name.
         tflite: Makes the version's graph for LiteRT; None makes it for onnxruntime.
+        running: Folders of the versions that devices run, the champion first, which lends its scales; deltas lead
+            from their weights to the new version's.
     """
 
     measure: Callable[[Path, Path], Quality | None]
     measure_figures: Callable[[Path, Mapping[str, npt.NDArray[Any]]], Figures] = measure_figures
     tflite: Exporter | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Candidates:
-    """Two graphs of the same parameters, and what the module itself answers to the first calibration inputs."""
-
-    float32_path: Path
-    int8_path: Path
-    outputs: npt.NDArray[Any]
-
-    def get_path(self, precision: Precision) -> Path:
-        return self.int8_path if precision == "int8" else self.float32_path
+    running: Sequence[Path] = ()
 
 
 def package_version(
@@ -109,19 +90,30 @@ def package_version(
     with staged_directory(out_dir) as staging:
         inference_path = staging / INFERENCE_NAMES[runtime]
         with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}~", dir=out_dir.parent) as scratch:
-            candidates = _build_candidates(architecture, parameters, calibration, tools.tflite, Path(scratch))
+            candidates = build_candidates(
+                architecture,
+                parameters,
+                calibration,
+                tflite=tools.tflite,
+                champion_dir=tools.running[0] if tools.running else None,
+                directory=Path(scratch),
+            )
             rows = {name: calibration[:BATCH]}
             measured = choose_precision(
                 tools.measure_figures(candidates.float32_path, rows),
                 tools.measure_figures(candidates.int8_path, rows),
                 architecture.prefer,
             )
-            shutil.copyfile(candidates.get_path(measured.packaged), inference_path)
-            quality = tools.measure(inference_path, Path(scratch, _FLOAT_NAME))
+            source, *weights = list_graph_files(candidates.get_path(measured.packaged))
+            shutil.copyfile(source, inference_path)
+            for path in weights:
+                shutil.copyfile(path, staging / WEIGHTS_NAME)
+            quality = tools.measure(inference_path, candidates.exact_path)
             _check_graph(architecture, inference_path, calibration, candidates.outputs, quality)
         shutil.copyfile(architecture.train_step_path, staging / TRAIN_STEP_NAME)
         shutil.copyfile(architecture.evaluate_path, staging / EVALUATE_NAME)
         (staging / PARAMETERS_NAME).write_bytes(save(dict(parameters)))
+        files = {path.name: describe_file(path) for path in sorted(staging.iterdir())}
         inputs, training = architecture.inputs, architecture.training
         if runtime == "tflite" and inputs[0].dtype == "int64":  # the converter narrows it
             inputs, training = (replace(inputs[0], dtype="int32"),), replace(training, input_dtype="int64")
@@ -133,7 +125,8 @@ def package_version(
             outputs=architecture.outputs,
             labels=architecture.labels,
             features=architecture.features,
-            files={path.name: describe_file(path) for path in sorted(staging.iterdir())},
+            files=files,
+            deltas=_write_deltas(staging, files, tools.running),
             training=training,
             lineage=lineage,
             privacy=privacy,
@@ -144,28 +137,22 @@ def package_version(
     return manifest
 
 
-def _build_candidates(
-    architecture: Architecture,
-    parameters: Mapping[str, npt.NDArray[np.float32]],
-    calibration: npt.NDArray[Any],
-    tflite: Exporter | None,
-    directory: Path,
-) -> _Candidates:
-    float_path = directory / _FLOAT_NAME
-    graph = build_with_parameters(load_graph(architecture.float_path), parameters)
-    save_graph(graph, float_path)
-    checked = calibration[:CALIBRATION_ROWS]
-    outputs = _run(architecture, float_path, checked)
-    if tflite is None:
-        int8_path = directory / "int8.onnx"
-        quantize(graph, calibration, architecture.quantization, int8_path)
-        return _Candidates(float32_path=float_path, int8_path=int8_path, outputs=outputs)
-    exact = tflite.export(parameters, checked, directory)
-    if exact.shape != outputs.shape or not np.allclose(
-        exact, outputs, rtol=0, atol=_SAME * max(1.0, float(np.abs(outputs).max()))
-    ):
-        raise UsageError(f"{architecture.model}: the definition no longer is the one that was exported; export it anew")
-    return _Candidates(float32_path=directory / FLOAT_NAME, int8_path=directory / INT8_NAME, outputs=exact)
+def _write_deltas(staging: Path, files: Mapping[str, FileEntry], running: Sequence[Path]) -> tuple[Delta, ...]:
+    """Write the deltas that lead from the weights of `running` versions to those in `staging`, where they are shorter."""
+    if WEIGHTS_NAME not in files:
+        return ()
+    result, deltas = (staging / WEIGHTS_NAME).read_bytes(), dict[str, Delta]()
+    for directory in running:
+        manifest = parse_manifest((directory / MANIFEST_NAME).read_bytes())
+        base = manifest.files.get(WEIGHTS_NAME)
+        if base is None or manifest.files[manifest.inference_name] != files[INFERENCE_NAMES["onnx"]]:
+            continue
+        data = build_delta((directory / WEIGHTS_NAME).read_bytes(), result)
+        if base != files[WEIGHTS_NAME] and len(data) < len(result):
+            delta = Delta(base=base.digest, file=FileEntry(digest=build_digest(data), size_bytes=len(data)))
+            (staging / delta.name).write_bytes(data)
+            deltas[base.digest] = delta
+    return tuple(deltas.values())
 
 
 def _check_graph(
@@ -175,7 +162,7 @@ def _check_graph(
     outputs: npt.NDArray[Any],
     quality: Quality | None,
 ) -> None:
-    found = _run(architecture, path, calibration[: len(outputs)])
+    found = run_graph(architecture, path, calibration[: len(outputs)])
     if found.shape != outputs.shape or found.dtype != outputs.dtype:
         raise DefinitionError(
             f"{architecture.model}: {path.name} answers {found.dtype} of shape {found.shape}, "
@@ -184,11 +171,6 @@ def _check_graph(
     deviation, tolerance = compute_deviation(found, outputs), architecture.logit_tolerance
     if tolerance is not None and not deviation <= tolerance:  # NaN strays too
         raise StrayingError(architecture.model, deviation, tolerance, quality)
-
-
-def _run(architecture: Architecture, path: Path, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    outputs = run_batches(open_graph(path), {architecture.inputs[0].name: inputs})
-    return outputs[architecture.outputs[0].name]
 
 
 def _check_arguments(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fl_server.errors import DefinitionError
-from fl_server.inference import Graph, open_graph
+from fl_server.inference import Graph, list_graph_files, open_graph
 from models.contract.manifest import Figures, Measured, Precision, Preference, Quality
 
 BATCH = 16
@@ -40,7 +40,7 @@ def measure_figures(path: Path, rows: Mapping[str, npt.NDArray[Any]]) -> Figures
     graph = open_graph(path)
     batch = {name: np.resize(array, (BATCH, *array.shape[1:])) for name, array in rows.items()}
     return Figures(
-        size_bytes=path.stat().st_size,
+        size_bytes=sum(file.stat().st_size for file in list_graph_files(path)),
         row_us=_measure_us(graph, {name: array[:1] for name, array in batch.items()}),
         batch_us=_measure_us(graph, batch),
     )

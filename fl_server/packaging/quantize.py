@@ -14,6 +14,7 @@ from onnxruntime.quantization import (
     quantize_dynamic,
     quantize_static,
 )
+from onnxruntime.quantization.onnx_model import ONNXModel
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from fl_server.packaging.architecture import Quantization
@@ -23,6 +24,17 @@ _CALIBRATION_ROWS = 64  # in one run: bounds the memory that calibration takes
 # Weights of seven bits: on x86 without VNNI two products of eight bits overflow the 16 that they are summed in, and
 # onnxruntime lets them saturate. The digits strayed by 0.116 of their spread there, and by 0.020 with seven bits.
 _SEVEN_BITS = True
+SEVEN_BITS_MAX = 64  # -64 to 64, as onnxruntime counts seven bits
+
+
+def prepare_graph(graph: onnx.ModelProto, quantization: Quantization) -> onnx.ModelProto:
+    """Return a copy of the float `graph` in which each weight is an initializer of the shape that int8 keeps."""
+    prepared = onnx.ModelProto()
+    prepared.CopyFrom(graph)
+    fold_transposes(prepared)
+    if quantization == "dynamic":
+        ONNXModel(prepared).replace_gemm_with_matmul()
+    return prepared
 
 
 def quantize(graph: onnx.ModelProto, calibration: npt.NDArray[Any], quantization: Quantization, path: Path) -> None:
@@ -38,11 +50,9 @@ def quantize(graph: onnx.ModelProto, calibration: npt.NDArray[Any], quantization
         raise ValueError("calibration needs at least one input")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantize.") as scratch:
         float_path, int8_path = Path(scratch, "float.onnx"), Path(scratch, "int8.onnx")
-        optimized = onnx.ModelProto()
-        optimized.CopyFrom(graph)
-        fold_transposes(optimized)
-        add_pre_process_metadata(optimized)  # the exporter did what onnxruntime would ask for on the root logger
-        save_graph(optimized, float_path)
+        prepared = prepare_graph(graph, quantization)
+        add_pre_process_metadata(prepared)  # the exporter did what onnxruntime would ask for on the root logger
+        save_graph(prepared, float_path)
         if quantization == "dynamic":
             quantize_dynamic(
                 float_path, int8_path, per_channel=True, weight_type=QuantType.QInt8, reduce_range=_SEVEN_BITS

@@ -189,7 +189,7 @@ class Registry:
         for leftover in (target, staging):  # of a kill before its row was written
             shutil.rmtree(leftover, ignore_errors=True)
         staging.mkdir()
-        for name, entry in manifest.files.items():
+        for name, entry in manifest.all_files.items():
             _copy_file(source / name, staging / name, entry)
         save_atomically(staging / MANIFEST_NAME, data)
         staging.rename(target)

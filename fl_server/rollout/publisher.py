@@ -12,7 +12,13 @@ from typing import Protocol
 from fl_server.errors import ServerError
 from models.contract.encoding import build_digest, build_json, parse_json
 from models.contract.files import save_atomically
-from models.contract.manifest import MANIFEST_NAME, PARAMETERS_NAME, ModelManifest, parse_manifest
+from models.contract.manifest import (
+    MANIFEST_NAME,
+    PARAMETERS_NAME,
+    WEIGHTS_NAME,
+    ModelManifest,
+    parse_manifest,
+)
 from models.contract.offer import count_chunks, split_chunks
 from models.contract.topics import build_blob_topic, build_offer_topic
 
@@ -72,7 +78,7 @@ def list_blobs(version_dir: Path) -> dict[str, Path]:
     """Return what devices fetch of the version in `version_dir`, by digest; never the float parameters."""
     manifest_path = version_dir / MANIFEST_NAME
     data = manifest_path.read_bytes()
-    files = parse_manifest(data).files
+    files = parse_manifest(data).all_files
     blobs = {entry.digest: version_dir / name for name, entry in files.items() if name != PARAMETERS_NAME}
     return blobs | {build_digest(data): manifest_path}
 
@@ -80,9 +86,12 @@ def list_blobs(version_dir: Path) -> dict[str, Path]:
 def count_pushed_bytes(manifest: bytes, previous: ModelManifest | None) -> int:
     """Return how many bytes of blobs a device must fetch for `manifest` if it holds `previous`."""
     known = set() if previous is None else {entry.digest for entry in previous.files.values()}
-    files = parse_manifest(manifest).files
-    new = {entry.digest: entry.size_bytes for name, entry in files.items() if name != PARAMETERS_NAME}
-    return len(manifest) + sum(size for digest, size in new.items() if digest not in known)
+    parsed = parse_manifest(manifest)
+    new = {name: entry for name, entry in parsed.files.items() if name != PARAMETERS_NAME and entry.digest not in known}
+    for delta in parsed.deltas:
+        if WEIGHTS_NAME in new and delta.base in known:
+            new[WEIGHTS_NAME] = delta.file
+    return len(manifest) + sum({entry.digest: entry.size_bytes for entry in new.values()}.values())
 
 
 class Publisher:

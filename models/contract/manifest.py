@@ -18,7 +18,8 @@ INFERENCE_NAMES = {"onnx": "inference.onnx", "tflite": "inference.tflite"}
 TRAIN_STEP_NAME = "train_step.onnx"
 EVALUATE_NAME = "evaluate.onnx"
 PARAMETERS_NAME = "parameters.safetensors"
-FILE_NAMES = frozenset({*INFERENCE_NAMES.values(), TRAIN_STEP_NAME, EVALUATE_NAME, PARAMETERS_NAME})
+WEIGHTS_NAME = "weights.bin"  # what a graph may have outside itself: its ONNX external data
+FILE_NAMES = frozenset({*INFERENCE_NAMES.values(), WEIGHTS_NAME, TRAIN_STEP_NAME, EVALUATE_NAME, PARAMETERS_NAME})
 GRAPH_NAMES = (TRAIN_STEP_NAME, EVALUATE_NAME)  # signed by the offline role: they hold the clipping
 FILE_MAX_BYTES = 1 << 30  # 1 GiB; bounds what a manifest can make a device fetch
 
@@ -38,6 +39,27 @@ class FileEntry:
         check_digest_text(self.digest)
         if not 0 < self.size_bytes <= FILE_MAX_BYTES:
             raise ValueError(f"size_bytes is {self.size_bytes}, must be in 1..{FILE_MAX_BYTES}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """A short way to a version's weights for a device that holds others, as long and in the same layout.
+
+    Attributes:
+        base: Digest of the weights it is added to.
+        file: The delta itself.
+    """
+
+    base: str
+    file: FileEntry
+
+    def __post_init__(self) -> None:
+        check_digest_text(self.base)
+
+    @property
+    def name(self) -> str:
+        """File name in the version's folder."""
+        return f"from-{self.base}.delta"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +146,7 @@ class ModelManifest:
         version: Counts up from 1 within the model.
         runtime: Which runtime opens the inference graph.
         files: By file name; a subset of `FILE_NAMES` that holds the runtime's inference graph.
+        deltas: Ways to the weights from those that devices ran when the version was packaged.
         training: None for a version that is only served.
         features: How columns of raw rows become the input; none for a model that takes tensors only.
         measured: None for a graph made elsewhere, which is packaged as it is.
@@ -138,6 +161,7 @@ class ModelManifest:
     labels: tuple[str, ...] = ()
     features: tuple[Feature, ...] = ()
     files: dict[str, FileEntry]
+    deltas: tuple[Delta, ...] = ()
     training: TrainingContract | None = None
     lineage: Lineage = field(default_factory=Lineage)
     privacy: PrivacyStatement | None = None
@@ -162,6 +186,7 @@ class ModelManifest:
             needed |= {TRAIN_STEP_NAME, EVALUATE_NAME}
         if missing := needed - set(self.files):
             raise ValueError(f"file {min(missing)!r} is missing")
+        self._check_weights()
 
     @property
     def inference_name(self) -> str:
@@ -169,17 +194,47 @@ class ModelManifest:
         return INFERENCE_NAMES[self.runtime]
 
     @property
+    def serving_names(self) -> tuple[str, ...]:
+        """File names of what answers: the inference graph, and its weights where they lie outside it."""
+        return (self.inference_name, WEIGHTS_NAME) if WEIGHTS_NAME in self.files else (self.inference_name,)
+
+    @property
+    def all_files(self) -> dict[str, FileEntry]:
+        """By file name, `files` and the deltas."""
+        return self.files | {delta.name: delta.file for delta in self.deltas}
+
+    @property
     def training_input(self) -> TensorSpec:
         """What x of the training graphs looks like: the first input, in the dtype that they take."""
         dtype = self.training.input_dtype if self.training is not None else None
         return self.inputs[0] if dtype is None else replace(self.inputs[0], dtype=dtype)
 
+    def _check_weights(self) -> None:
+        weights = self.files.get(WEIGHTS_NAME)
+        if weights is not None and self.runtime != "onnx":
+            raise ValueError(
+                f"{WEIGHTS_NAME} beside a graph for {self.runtime}: only an ONNX graph has its weights outside"
+            )
+        if weights is None and self.deltas:
+            raise ValueError(f"deltas lead to {WEIGHTS_NAME}, which is missing")
+        bases = [delta.base for delta in self.deltas]
+        if len(set(bases)) != len(bases):
+            raise ValueError("two deltas have the same base")
+        for delta in self.deltas:
+            if (
+                weights is not None and delta.file.size_bytes >= weights.size_bytes
+            ):  # bounds what a device holds at once
+                raise ValueError(
+                    f"a delta of {delta.file.size_bytes} bytes leads to {WEIGHTS_NAME} of {weights.size_bytes} bytes"
+                )
+
 
 def build_manifest(manifest: ModelManifest) -> bytes:
     """Return the canonical bytes whose digest defines the version."""
     document: dict[str, object] = msgspec.to_builtins(manifest)
-    if not manifest.features:  # a version without them is the same bytes as before there were any
-        del document["features"]
+    for name in ("features", "deltas"):  # a version without them is the same bytes as before there were any
+        if not document[name]:
+            del document[name]
     return build_canonical(document)
 
 
