@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edge_agent.errors import TransientError
+from models.contract.encoding import build_digest
 from models.contract.manifest import FileEntry
 from models.contract.offer import CHUNK_MAX_BYTES, count_chunks
 from models.contract.topics import build_blob_topic
@@ -51,19 +52,19 @@ class BlobStore:
             self._discard(entry.digest)  # which chunk it was cannot be known
             raise TransientError(f"blob {entry.digest[:12]}… arrived with digest {found[:12]}… and was discarded")
 
-    async def keep(self, entry: FileEntry, chunks: Iterator[bytes]) -> None:
-        """Keep the chunks of an artifact that was made here, and verify it; a wrong one is discarded.
+    def keep(self, entry: FileEntry, chunks: Iterable[bytes]) -> None:
+        """Keep an artifact that was made here, given in its chunks, as if it had been fetched; blocks.
 
         Raises:
-            TransientError: It is not what `entry` says, or the disk is full.
-            ValueError: As `chunks` raises it.
+            TransientError: It is not what `entry` says, and nothing was kept, or the disk is full.
         """
-        try:
-            await asyncio.to_thread(self._write, entry, chunks)
-        except ValueError:
-            self._discard(entry.digest)
-            raise
-        await self.fetch(entry)
+        made = list(chunks)  # whole, before it takes the place of what was fetched
+        if (found := build_digest(b"".join(made))) != entry.digest:
+            raise TransientError(f"blob {entry.digest[:12]}… was made with digest {found[:12]}…")
+        with self._keeping(entry):
+            (self._dir / entry.digest).mkdir(parents=True, exist_ok=True)
+            for index, chunk in enumerate(made):
+                self._get_chunk_path(entry, index).write_bytes(chunk)
 
     def read(self, entry: FileEntry) -> Iterator[bytes]:
         """Yield the chunks of an artifact that was fetched."""
@@ -101,12 +102,6 @@ class BlobStore:
             raise TransientError(f"{where} has {len(data)} bytes, expected {expected}")
         with self._keeping(entry):
             self._get_chunk_path(entry, index).write_bytes(data)
-
-    def _write(self, entry: FileEntry, chunks: Iterator[bytes]) -> None:
-        with self._keeping(entry):
-            (self._dir / entry.digest).mkdir(parents=True, exist_ok=True)
-            for index, chunk in enumerate(chunks):
-                self._get_chunk_path(entry, index).write_bytes(chunk)
 
     @contextmanager
     def _keeping(self, entry: FileEntry) -> Iterator[None]:

@@ -4,7 +4,6 @@ Weights come as a delta to those that a slot holds, if the version has one for t
 """
 
 import asyncio
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,6 @@ from models.contract.manifest import (
 )
 from models.contract.messages import EventKind
 from models.contract.offer import CHUNK_MAX_BYTES, build_graph_target
-
-logger = logging.getLogger(__name__)
 
 FindTarget: TypeAlias = Callable[[str], FileEntry | None]
 OnEvent: TypeAlias = Callable[[EventKind, str, int | None], None]
@@ -90,21 +87,23 @@ class Downloader:
         self._on_event(EventKind.DOWNLOADING, what, version)
         self._blobs.keep_only(entry.digest for entry in (champion, *missing.values(), *fetched.values()))
         for name, entry in missing.items():
-            if name != WEIGHTS_NAME or shortcut is None or not await self._take_shortcut(shortcut, entry):
-                await self._blobs.fetch(entry)
+            if name == WEIGHTS_NAME and shortcut is not None:
+                try:
+                    await self._take_shortcut(shortcut, entry)
+                    continue
+                except (TransientError, OSError, ValueError) as error:
+                    what = f"{len(missing)} files, {sum(entry.size_bytes for entry in missing.values())} bytes"
+                    self._on_event(EventKind.DOWNLOADING, f"{what}, without the delta: {error}", version)
+            await self._blobs.fetch(entry)
         self._on_event(EventKind.DOWNLOADED, what, version)
         self._on_event(EventKind.VERIFIED, f"manifest {champion.digest[:12]}… and its files", version)
 
-    async def _take_shortcut(self, shortcut: _Shortcut, weights: FileEntry) -> bool:
-        """Make `weights` of those in a slot; return whether that gave what was signed."""
-        try:
-            await self._blobs.fetch(shortcut.delta)
-            delta = b"".join(self._blobs.read(shortcut.delta))
-            await self._blobs.keep(weights, _rebuild(shortcut.base_path, delta, weights.size_bytes))
-        except (TransientError, OSError, ValueError) as error:
-            logger.warning("the weights are fetched whole, all %d bytes: %s", weights.size_bytes, error)
-            return False
-        return True
+    async def _take_shortcut(self, shortcut: _Shortcut, weights: FileEntry) -> None:
+        """Make `weights` of those in a slot; raises TransientError, OSError or ValueError if that fails."""
+        await self._blobs.fetch(shortcut.delta)
+        delta = b"".join(self._blobs.read(shortcut.delta))
+        rebuilt = _rebuild(shortcut.base_path, delta, weights.size_bytes)
+        await asyncio.to_thread(self._blobs.keep, weights, rebuilt)
 
 
 def _rebuild(base_path: Path, delta: bytes, size_bytes: int) -> Iterator[bytes]:

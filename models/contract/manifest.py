@@ -220,10 +220,8 @@ class ModelManifest:
         bases = [delta.base for delta in self.deltas]
         if len(set(bases)) != len(bases):
             raise ValueError("two deltas have the same base")
-        for delta in self.deltas:
-            if (
-                weights is not None and delta.file.size_bytes >= weights.size_bytes
-            ):  # bounds what a device holds at once
+        for delta in self.deltas:  # a device holds one at once, and no longer one than the weights
+            if weights is not None and delta.file.size_bytes >= weights.size_bytes:
                 raise ValueError(
                     f"a delta of {delta.file.size_bytes} bytes leads to {WEIGHTS_NAME} of {weights.size_bytes} bytes"
                 )

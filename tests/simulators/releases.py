@@ -1,6 +1,7 @@
 """A coordinator's release path and a device's update path, joined by a broker in memory."""
 
 import asyncio
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from models.contract.manifest import (
     MANIFEST_NAME,
     PARAMETERS_NAME,
     TRAIN_STEP_NAME,
+    WEIGHTS_NAME,
+    Delta,
     FileEntry,
     ModelManifest,
     TrainingContract,
@@ -44,23 +47,37 @@ class ReleaseServer:
         self.root = self.repository.load_root()
 
     def write_version(
-        self, number: int, inference: bytes, *, graph: bytes = b"clip", model: str = MODEL, trains: bool = True
+        self,
+        number: int,
+        inference: bytes,
+        *,
+        graph: bytes = b"clip",
+        model: str = MODEL,
+        trains: bool = True,
+        weights: bytes = b"",
+        deltas: Mapping[bytes, bytes] | None = None,
     ) -> Path:
-        """Return the folder of a new version."""
+        """Return the folder of a new version; `deltas` are by the weights that each is said to lead from."""
         directory = self.directory.path / "versions" / model / str(number)
         directory.mkdir(parents=True)
         contents = {INFERENCE_NAME: inference, PARAMETERS_NAME: b"float parameters %d" % number}
+        if weights:
+            contents |= {WEIGHTS_NAME: weights}
         if trains:
             contents |= {TRAIN_STEP_NAME: b"train step " + graph, EVALUATE_NAME: b"evaluate " + graph}
         for name, data in contents.items():
             (directory / name).write_bytes(data)
+        listed = {Delta(base=build_digest(base), file=_describe(data)): data for base, data in (deltas or {}).items()}
+        for delta, data in listed.items():
+            (directory / delta.name).write_bytes(data)
         manifest = ModelManifest(
             model=model,
             version=number,
             runtime="onnx",
             inputs=(TensorSpec("x", ("batch", 2), "float32"),),
             outputs=(TensorSpec("y", ("batch", 2), "float32"),),
-            files={name: FileEntry(digest=build_digest(data), size_bytes=len(data)) for name, data in contents.items()},
+            files={name: _describe(data) for name, data in contents.items()},
+            deltas=tuple(listed),
             training=TrainingContract(
                 layout=Layout(names=("w",), shapes=((2,),)),
                 batch=4,
@@ -95,6 +112,10 @@ class ReleaseServer:
         return offer
 
 
+def _describe(data: bytes) -> FileEntry:
+    return FileEntry(digest=build_digest(data), size_bytes=len(data))
+
+
 class Device:
     """An updater whose model server only remembers which bytes it was told to answer with."""
 
@@ -111,7 +132,7 @@ class Device:
         )
 
     def try_version(self, directory: Path, manifest: ModelManifest) -> None:
-        inference = (directory / manifest.inference_name).read_bytes()
+        inference = b"".join((directory / name).read_bytes() for name in manifest.serving_names)
         self.tried.append(inference)
         if inference.startswith(b"unhealthy"):
             raise ValueError("the output is not finite")

@@ -95,3 +95,16 @@ def test_bytes_pushed_are_what_a_device_on_the_previous_version_fetches(tmp_path
     everything = sum(path.stat().st_size for path in list_blobs(first).values())
     assert count_pushed_bytes(manifests[0], None) == everything
     assert count_pushed_bytes(manifests[1], parse_manifest(manifests[0])) == len(manifests[1]) + 1 + len(BIG)
+
+
+def test_device_on_the_base_of_a_delta_fetches_that_and_not_the_weights(tmp_path: Path, broker: MemoryBroker) -> None:
+    server = ReleaseServer(tmp_path / "server", broker)
+    first = server.write_version(1, b"template", weights=OLD)
+    second = server.write_version(2, b"template", weights=NEW, deltas={OLD: b"a delta"})
+    third = server.write_version(3, b"template", weights=OLD, deltas={NEW: b"one back"})
+    one, two, three = ((path / "manifest.json").read_bytes() for path in (first, second, third))
+    assert count_pushed_bytes(two, parse_manifest(one)) == len(two) + len(b"a delta")
+    assert count_pushed_bytes(three, parse_manifest(one)) == len(three), "it holds the weights themselves"
+    others = (b"template", b"train step clip", b"evaluate clip", NEW)
+    assert count_pushed_bytes(two, None) == len(two) + sum(map(len, others))
+    assert list_blobs(second).keys() == by_digest(*others, b"a delta", two).keys()

@@ -20,6 +20,8 @@ from models.contract.envelope import RunNotice, TrainOrder, WakeCommand, build_e
 from models.contract.errors import ContractError, EnvelopeError, MalformedError
 from models.contract.ledger import SPENT_MAX, LedgerHead, Spent, add_up, find_missing, take_larger
 from models.contract.manifest import (
+    WEIGHTS_NAME,
+    Delta,
     Figures,
     FileEntry,
     Lineage,
@@ -317,6 +319,29 @@ def test_features_travel_in_the_manifest_and_leave_one_without_them_as_it_was() 
     assert b"features" not in build_manifest(MANIFEST)
     with pytest.raises(ValueError, match="features fill one input"):
         dataclasses.replace(MANIFEST, features=features)
+
+
+def test_weights_and_the_deltas_that_lead_to_them_travel_in_the_manifest_and_leave_one_without_them_as_it_was() -> None:
+    files = MANIFEST.files | {WEIGHTS_NAME: FileEntry(digest="4" * 64, size_bytes=1000)}
+    delta = Delta(base="5" * 64, file=FileEntry(digest="6" * 64, size_bytes=300))
+    split = dataclasses.replace(MANIFEST, files=files, deltas=(delta,))
+    assert parse_manifest(build_manifest(split)) == split
+    assert split.serving_names == ("inference.onnx", WEIGHTS_NAME)
+    assert split.all_files == files | {f"from-{'5' * 64}.delta": delta.file}
+    assert b"deltas" not in build_manifest(MANIFEST)
+    assert MANIFEST.serving_names == ("inference.onnx",)
+
+    for changes, said in (
+        ({"files": MANIFEST.files}, "deltas lead to weights.bin, which is missing"),
+        ({"deltas": (delta, dataclasses.replace(delta, file=MANIFEST.files["inference.onnx"]))}, "the same base"),
+        ({"deltas": (dataclasses.replace(delta, file=files[WEIGHTS_NAME]),)}, "a delta of 1000 bytes"),
+        (
+            {"runtime": "tflite", "training": None, "files": {"inference.tflite": delta.file, **files}},
+            "only an ONNX graph has its weights outside",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            dataclasses.replace(split, **changes)
 
 
 KINDS = st.lists(
