@@ -63,12 +63,14 @@ def build_greedy() -> bytes:
     )
 
 
-def build_external(location: str) -> bytes:
-    """Return a graph whose weight lies in another file."""
+def build_external(location: str, **places: int) -> bytes:
+    """Return a graph whose weight, 48 bytes, lies in another file; `offset` and `length` say where there."""
     weight = numpy_helper.from_array(np.ones((FEATURES, 3), np.float32), "weight")
     weight.ClearField("raw_data")
     weight.data_location = TensorProto.EXTERNAL
     weight.external_data.add(key="location", value=location)
+    for key, value in places.items():
+        weight.external_data.add(key=key, value=str(value))
     return build_model([helper.make_node("MatMul", [INPUT.name, "weight"], [OUTPUT.name])], weight)
 
 

@@ -43,6 +43,7 @@ def save_version(
     *,
     version: int = 1,
     graph: bytes | None = None,
+    weights: bytes = b"",
     trainable: bool = False,
     features: tuple[Feature, ...] = (),
 ) -> ModelManifest:
@@ -52,12 +53,15 @@ def save_version(
         directory: Where to; made if it is not there.
         version: Its number.
         graph: Another inference graph.
+        weights: Its external data, if it has any.
         trainable: Whether it claims to hold step graphs; they hold nothing that can be run.
         features: How raw columns become the four features.
     """
     directory.mkdir(parents=True, exist_ok=True)
     data = build_graph(version).SerializeToString() if graph is None else graph
     files = {"inference.onnx": data}
+    if weights:
+        files |= {"weights.bin": weights}
     if trainable:
         files |= {"train_step.onnx": b"no graph", "evaluate.onnx": b"no graph either"}
     for name, content in files.items():

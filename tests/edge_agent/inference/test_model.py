@@ -9,8 +9,9 @@ import onnx
 import pytest
 
 from edge_agent.errors import RequestError, StalledError
-from edge_agent.inference.model import load_model
+from edge_agent.inference.model import load_model, load_version
 from models.tensors.spec import TensorSpec
+from tests.simulators.hostile_models import build_external
 from tests.simulators.tiny_models import FEATURES, INPUT, OUTPUT, build_graph, save_version
 
 ROW = np.ones((1, FEATURES), np.float32)
@@ -90,3 +91,54 @@ def test_external_data_is_refused_even_as_a_hard_link(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StalledError, match="External data"):
         load_model(tmp_path, manifest)
+
+
+WEIGHTS = np.arange(FEATURES * 3, dtype=np.float32).tobytes()
+LENGTH = len(WEIGHTS)
+
+
+def test_graph_answers_with_the_weights_that_lie_beside_it(tmp_path: Path) -> None:
+    save_version(tmp_path, graph=build_external("weights.bin", offset=0, length=LENGTH), weights=WEIGHTS)
+    model = load_version(tmp_path)
+    (tmp_path / "weights.bin").unlink()
+    np.testing.assert_array_equal(model.infer({"features": ROW})["logits"], [[18, 22, 26]])
+
+
+@pytest.mark.parametrize(
+    ("places", "weights"),
+    [
+        ({"offset": 0, "length": LENGTH}, WEIGHTS[:-4]),
+        ({"offset": 4, "length": LENGTH}, WEIGHTS),
+        ({"offset": LENGTH}, WEIGHTS),
+        ({"offset": -8, "length": LENGTH}, bytes(8) + WEIGHTS),
+        ({"offset": 1 << 62, "length": LENGTH}, WEIGHTS),
+        ({"offset": (1 << 63) - 1, "length": LENGTH}, WEIGHTS),
+        ({"offset": 0, "length": LENGTH + 16}, WEIGHTS + bytes(16)),
+        ({"offset": 0, "length": LENGTH - 16}, WEIGHTS),
+    ],
+)
+def test_weight_that_does_not_lie_inside_the_weights_is_refused(tmp_path: Path, places: dict, weights: bytes) -> None:
+    """onnxruntime holds a graph's claims against the length that it is told: the true one."""
+    manifest = save_version(tmp_path, graph=build_external("weights.bin", **places), weights=weights)
+    with pytest.raises(StalledError, match="refuses the graph"):
+        load_model(tmp_path, manifest)
+
+
+@pytest.mark.parametrize("location", ["other.bin", "../weights.bin", "/etc/hostname", "folder/weights.bin"])
+def test_external_data_by_any_other_name_is_refused_beside_the_weights(tmp_path: Path, location: str) -> None:
+    (tmp_path / "v").mkdir()
+    (tmp_path / "weights.bin").write_bytes(WEIGHTS)
+    manifest = save_version(tmp_path / "v", graph=build_external(location), weights=WEIGHTS)
+    (tmp_path / "v" / "other.bin").write_bytes(WEIGHTS)
+    with pytest.raises(StalledError, match="refuses the graph"):
+        load_model(tmp_path / "v", manifest)
+
+
+def test_weights_that_are_missing_or_not_the_manifests_are_refused(tmp_path: Path) -> None:
+    save_version(tmp_path, graph=build_external("weights.bin"), weights=WEIGHTS)
+    (tmp_path / "weights.bin").write_bytes(WEIGHTS[::-1])
+    with pytest.raises(StalledError, match=r"weights\.bin: not the file that manifest\.json names"):
+        load_version(tmp_path)
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(StalledError, match=r"weights\.bin: No such file"):
+        load_version(tmp_path)

@@ -61,3 +61,13 @@ def test_good_version_passes_and_leaves_nothing_behind(tmp_path: Path) -> None:
     before = sorted(path.name for path in (tmp_path / "v").iterdir())
     try_in_sandbox(tmp_path / "v")
     assert sorted(path.name for path in (tmp_path / "v").iterdir()) == before
+
+
+def test_version_with_its_weights_outside_is_tried_as_it_will_be_served(tmp_path: Path) -> None:
+    weights = np.ones((FEATURES, 3), np.float32)
+    save_version(tmp_path / "v", graph=build_external("weights.bin"), weights=weights.tobytes())
+    try_in_sandbox(tmp_path / "v")
+    weights[0, 0] = np.nan
+    save_version(tmp_path / "bad", graph=build_external("weights.bin"), weights=weights.tobytes())
+    with pytest.raises(StalledError, match="not finite"):
+        try_in_sandbox(tmp_path / "bad")

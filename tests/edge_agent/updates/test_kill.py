@@ -14,11 +14,12 @@ import pytest
 from edge_agent.updates.fetcher import open_offer
 from edge_agent.updates.slots import Slots
 from models.contract.messages import EventKind
+from models.tensors.delta import build_delta
 from tests.simulators.broker_memory import MemoryBroker
 from tests.simulators.kill import run_and_kill
 from tests.simulators.releases import BIG, Device, ReleaseServer
 
-assert open_offer  # tuf is imported before the first child is made, not in each of them
+assert open_offer, build_delta  # tuf and zstandard are imported before the first child is made, not in each of them
 
 
 @pytest.fixture
@@ -29,15 +30,28 @@ def memory_dir(tmp_path: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.mark.parametrize(("second", "expected"), [(b"two" + BIG, 2), (b"unhealthy", 1)], ids=["healthy", "unhealthy"])
+WEIGHTS = BIG[:130_000]  # two chunks
+NEXT = WEIGHTS[::-1]
+HEALTHY = {"inference": b"two" + BIG}
+UNHEALTHY = {"inference": b"unhealthy"}
+DELTA = {"inference": b"one" + BIG, "weights": NEXT, "deltas": {WEIGHTS: build_delta(WEIGHTS, NEXT)}}
+DELTA_ELSEWHERE = DELTA | {"deltas": {WEIGHTS: build_delta(WEIGHTS, WEIGHTS)}}
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [(HEALTHY, 2), (UNHEALTHY, 1), (DELTA, 2), (DELTA_ELSEWHERE, 2)],
+    ids=["healthy", "unhealthy", "delta", "delta to other weights"],
+)
 def test_kill_at_any_change_of_the_disk_leaves_a_version_that_verifies_and_an_update_that_ends(
-    memory_dir: Path, second: bytes, expected: int
+    memory_dir: Path, second: dict, expected: int
 ) -> None:
     broker = MemoryBroker()
     server = ReleaseServer(memory_dir / "server", broker)
     installed = Device(memory_dir / "installed", broker, server.root)
-    installed.receive(server.release(server.write_version(1, b"one" + BIG)))
-    offer = server.release(server.write_version(2, second, graph=b"other"))
+    weights = WEIGHTS if "weights" in second else b""
+    installed.receive(server.release(server.write_version(1, b"one" + BIG, weights=weights)))
+    offer = server.release(server.write_version(2, **second, graph=b"other"))
     at, lived = 0, False
     while not lived:
         at += 1

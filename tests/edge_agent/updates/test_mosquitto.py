@@ -10,26 +10,37 @@ from fl_server.fleet.mqtt import Link as CoordinatorLink
 from fl_server.rollout.publisher import Publisher, list_blobs
 from models.contract.encoding import build_digest
 from models.contract.messages import EventKind
-from models.contract.offer import build_offer
 from models.contract.topics import build_offer_topic
+from models.tensors.delta import build_delta
 from tests.simulators.broker_memory import MemoryBroker
 from tests.simulators.mosquitto import Mosquitto
 from tests.simulators.releases import BIG, FLEET, Device, ReleaseServer
 
 
-def test_release_reaches_a_device_through_a_real_broker(tmp_path: Path) -> None:
+def test_release_and_the_delta_after_it_reach_a_device_through_a_real_broker(tmp_path: Path) -> None:
     server = ReleaseServer(tmp_path / "server", MemoryBroker())
-    version_dir = server.write_version(1, b"one" + BIG * 4)
-    server.release(version_dir)
+    weights = BIG * 4
+    first = server.write_version(1, b"one", weights=weights)
+    second = server.write_version(
+        2, b"one", weights=weights[::-1], deltas={weights: build_delta(weights, weights[::-1])}
+    )
     pem = server.repository.build_coordinator_pem()
-    blobs = {build_digest(pem): pem, **list_blobs(version_dir)}
+    releases = [
+        (server.release(version), {build_digest(pem): pem, **list_blobs(version)}) for version in (first, second)
+    ]
+    whole = build_digest(weights[::-1])
+    releases[1][1].pop(whole)  # a broker without it: nothing but the delta leads there
     with Mosquitto(tmp_path) as broker:
-        events = asyncio.run(_release(tmp_path, broker.port, server, blobs))
-    assert events[-1] == (EventKind.UPDATED, "version 1 serves from slot a", 1)
+        device = asyncio.run(_release(tmp_path, broker.port, server, releases))
+    updated = [message for kind, message, _ in device.events if kind is EventKind.UPDATED]
+    assert updated == ["version 1 serves from slot a", "version 2 serves from slot b"]
+    assert device.serving == b"one" + weights[::-1]
     assert (tmp_path / "device" / "coordinator.pem").read_bytes() == pem
 
 
-async def _release(tmp_path: Path, port: int, server: ReleaseServer, blobs: dict[str, Path | bytes]) -> list[tuple]:
+async def _release(
+    tmp_path: Path, port: int, server: ReleaseServer, releases: list[tuple[bytes, dict[str, Path | bytes]]]
+) -> Device:
     offers: asyncio.Queue[bytes] = asyncio.Queue()
     link = DeviceLink(
         Broker(
@@ -49,9 +60,10 @@ async def _release(tmp_path: Path, port: int, server: ReleaseServer, blobs: dict
         while not isinstance(await coordinator.receive(), Connected):
             pass
         publisher = Publisher(fleet=FLEET, record_path=tmp_path / "published.json", publish=coordinator.publish)
-        await publisher.publish(build_offer(server.repository.load_metadata()), blobs)
-        await device.updater.handle_offer(await offers.get())
+        for offer, blobs in releases:
+            await publisher.publish(offer, blobs)
+            await device.updater.handle_offer(await offers.get())
     running.cancel()
     await asyncio.wait({running})
     await device.updater.close()
-    return device.events
+    return device
