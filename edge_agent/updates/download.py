@@ -21,6 +21,7 @@ from models.contract.manifest import (
 )
 from models.contract.messages import EventKind
 from models.contract.offer import CHUNK_MAX_BYTES, build_graph_target
+from models.tensors.delta import apply_delta
 
 FindTarget: TypeAlias = Callable[[str], FileEntry | None]
 OnEvent: TypeAlias = Callable[[EventKind, str, int | None], None]
@@ -107,7 +108,5 @@ class Downloader:
 
 
 def _rebuild(base_path: Path, delta: bytes, size_bytes: int) -> Iterator[bytes]:
-    from models.tensors.delta import apply_delta  # zstandard, which a device without deltas does without
-
     with base_path.open("rb") as base:
         yield from apply_delta(base, delta, size_bytes=size_bytes, block_bytes=CHUNK_MAX_BYTES)
