@@ -69,9 +69,9 @@ def federation(tmp_path_factory):
     return directory
 
 
-def open_releases(federation):
+def open_releases(federation, broker=None):
     settings = load_server_settings(federation / "fl-server.toml")
-    return Releases(settings, Directory(federation), Broker().publish)
+    return Releases(settings, Directory(federation), (broker or Broker()).publish)
 
 
 def package(federation, name, out_dir):
@@ -113,6 +113,20 @@ def test_round_whose_int8_outputs_stray_is_not_released_and_the_next_one_may_be(
     assert consider(federation, 2, tmp_path / "scratch", noise=0.05).version is not None
 
 
+def test_round_that_moves_the_parameters_little_is_published_as_a_delta_to_the_champion(federation, tmp_path):
+    verdict = consider(federation, 3, tmp_path / "scratch", noise=0.01)
+    with Registry(Directory(federation).registry_dir) as registry:
+        champion = registry.get_model_version("wide", verdict.version)
+    manifest = champion.load_manifest()
+    (delta,) = manifest.deltas
+    assert (champion.directory / delta.name).stat().st_size == delta.file.size_bytes
+    assert verdict.bytes_pushed == len(champion.load_manifest_bytes()) + delta.file.size_bytes
+
+    broker = Broker()
+    assert asyncio.run(open_releases(federation, broker).publish(again=True))
+    assert any(f"/blob/{delta.file.digest}/0" in topic for topic in broker.retained)
+
+
 @pytest.mark.skipif(
     not os.environ.get(PYTHON_VARIABLE) and importlib.util.find_spec("litert_torch") is None,
     reason=f"litert-torch is not installed: pip install 'edge-fl[export-tflite]', or set {PYTHON_VARIABLE}",
@@ -122,7 +136,7 @@ def test_model_whose_runtime_is_tflite_gets_versions_for_litert(federation, tmp_
     config_path.write_text(config_path.read_text() + 'runtime = "tflite"\n')
     assert package(federation, "definition", tmp_path / "v4") == 0
     assert (tmp_path / "v4/inference.tflite").is_file()
-    verdict = consider(federation, 3, tmp_path / "scratch", noise=0.0)
+    verdict = consider(federation, 4, tmp_path / "scratch", noise=0.0)
     assert verdict.version is not None, verdict.reason
     with Registry(Directory(federation).registry_dir) as registry:
         manifest = registry.get_model_version("wide", verdict.version).load_manifest()
