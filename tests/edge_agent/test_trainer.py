@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from edge_agent.samples.store import open_samples
 from edge_agent.trainer import LEDGER_NAME
 from edge_agent.training.job import build_job, parse_event
 from edge_agent.training.ledger import open_ledger
 from fl_server.rounds.flower import Session
 from fl_server.rounds.run import RunSpec, create_run, load_parameters
 from models.contract.manifest import MANIFEST_NAME, TRAIN_STEP_NAME
+from tests.simulators.samples import open_device_samples
 from tests.simulators.step_graph import FAULTS, build_privacy, build_step_graph, build_training, save_step_version
 from tests.simulators.superlink import running_fleet, wait_until
 from tests.simulators.training import Orders, build_training_job
@@ -110,7 +110,7 @@ def test_it_yields_to_serving_and_dies_with_the_agent_that_started_it():
 
 
 def test_a_run_over_a_real_superlink_trains_charges_and_ends_when_idle(tmp_path, orders):
-    with open_samples(tmp_path / "samples.db") as samples:
+    with open_device_samples(tmp_path, "linear") as samples:
         generator = np.random.default_rng(0)
         samples.add(
             [
