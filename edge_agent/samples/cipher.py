@@ -1,7 +1,7 @@
 """AES-256-GCM by the OpenSSL that Python's own `ssl` has loaded already.
 
-It takes no more memory, where `cryptography` brings 7 MB. A Python with OpenSSL built in has no such library; there
-`cryptography` does the same.
+`cryptography` brings an OpenSSL of its own: an agent at rest that has kept a sample takes 91.6 MB with it and 83.7 MB
+so, of the 90 MB that it may. It does the work only where a Python has OpenSSL built in and there is nothing to share.
 """
 
 import ctypes

@@ -58,7 +58,7 @@ class SampleKeeper:
         try:
             store = self._open()
         except StalledError:  # a full disk has no room for SQLite's own files
-            with Reserve.beside(self._path).lend():
+            with Reserve(self._path).lend():
                 store = self._open()
         return store.forget(ids)
 

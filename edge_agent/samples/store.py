@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,15 +14,7 @@ from typing import Self
 import numpy as np
 
 from edge_agent.errors import RequestError, StalledError, TransientError
-from edge_agent.samples.database import (
-    PAGE_BYTES,
-    RESERVE_BYTES,
-    Reserve,
-    connect,
-    migrate,
-    read_version,
-    truncate_wal,
-)
+from edge_agent.samples.database import RESERVE_BYTES, Reserve, connect, delete, migrate, read_version
 from edge_agent.samples.sealing import Array, Opened, Record, Sample, Sealer, SealError, parse_layout
 from models.tensors.spec import TensorSpec
 
@@ -60,7 +53,7 @@ class SampleStore:
         self._model = model
         self._retention = retention
         self._clock = clock
-        self._reserve = Reserve.beside(path)
+        self._reserve = Reserve(path)
         self._lock = threading.RLock()
         self._sealer: Sealer | None = None
         self._has_traces = True  # of what was deleted, in the log; a process that was killed may have left them
@@ -92,7 +85,7 @@ class SampleStore:
         sealer = Sealer(key)
         try:
             with self._lock:
-                migrate(self._connection, lambda row: self._seal_old(sealer, row), sealer.build_check())
+                migrate(self._connection, partial(self._seal, sealer, fields={}), sealer.build_check())
                 with self._connection:
                     self._connection.execute("BEGIN IMMEDIATE")
                     check = self._find_check()
@@ -123,22 +116,14 @@ class SampleStore:
         """
         sealer = self._find_sealer()
         try:
-            with self._lock:
-                largest_bytes = max((x.nbytes + y.nbytes for x, y in samples), default=0)
-                self._reserve.grow(RESERVE_BYTES + 2 * largest_bytes)
-                with self._connection:
-                    self._connection.execute("BEGIN IMMEDIATE")
-                    self._make_room(len(samples))
-                    records = self._number(len(samples))
-                    texts = fields or [{}] * len(samples)
-                    self._connection.executemany(
-                        "INSERT INTO records VALUES (?, ?, ?, ?)",
-                        [
-                            (record.row, record.model, record.kept_s, sealer.seal(record, sample, text))
-                            for record, sample, text in zip(records, samples, texts, strict=True)
-                        ],
-                    )
-                    return [record.row for record in records]
+            with self._lock, self._connection:
+                self._connection.execute("BEGIN IMMEDIATE")
+                self._make_room(len(samples))
+                pairs = zip(samples, fields or [{}] * len(samples), strict=True)
+                rows = [self._seal(sealer, row, *pair) for row, pair in enumerate(pairs, self._find_next_row())]
+                self._reserve.grow_for(sum(len(sealed) for *_, sealed in rows))
+                self._connection.executemany("INSERT INTO records VALUES (?, ?, ?, ?)", rows)
+                return [row[0] for row in rows]
         except OSError as error:
             raise RequestError(f"the samples cannot be kept: {error.strerror or error}", status=507) from error
         except sqlite3.Error as error:
@@ -196,24 +181,14 @@ class SampleStore:
         try:
             with self._lock, self._reserve.lend() as free_bytes:
                 self._has_traces = True
-                truncate_wal(self._connection)
-                budget_bytes = max(RESERVE_BYTES // 4, min(_CHUNK_MAX_BYTES, free_bytes // 4))
-                forgotten = 0
-                for chunk in _divide(self._list(ids), budget_bytes):
-                    with self._connection:
-                        chosen = json.dumps(chunk)
-                        self._connection.execute(
-                            "DELETE FROM records WHERE row IN (SELECT value FROM json_each(?))", (chosen,)
-                        )
-                    truncate_wal(self._connection)
-                    forgotten += len(chunk)
+                rows = self._list(ids)
+                delete(self._connection, rows, max(RESERVE_BYTES // 4, min(_CHUNK_MAX_BYTES, free_bytes // 4)))
                 if ids is None and self.is_locked:  # the key is lost; another may take its place
                     self._connection.execute("DELETE FROM key WHERE NOT EXISTS (SELECT 1 FROM records)")
-                self._shrink(budget_bytes // (2 * PAGE_BYTES))
                 self._has_traces = False
         except sqlite3.Error as error:
             raise TransientError(f"not everything could be forgotten: {error}") from error
-        return forgotten
+        return len(rows)
 
     def forget_old(self) -> int:
         """Delete what is kept for no longer, and every trace of what was deleted; raises TransientError."""
@@ -259,10 +234,13 @@ class SampleStore:
         rows = self._connection.execute(f"SELECT row, length(sealed) FROM records {chosen} ORDER BY row", values)  # noqa: S608
         return [tuple(row) for row in rows]
 
-    def _number(self, count: int) -> list[Record]:
+    def _find_next_row(self) -> int:
         found = self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'records'").fetchone()
-        first = 1 + (found[0] if found else 0)
-        return [Record(row=row, model=self._model, kept_s=int(self._clock())) for row in range(first, first + count)]
+        return 1 + int(found[0] if found else 0)
+
+    def _seal(self, sealer: Sealer, row: int, sample: Sample, fields: Mapping[str, str]) -> tuple[int, str, int, bytes]:
+        record = Record(row=row, model=self._model, kept_s=int(self._clock()))
+        return record.row, record.model, record.kept_s, sealer.seal(record, sample, fields)
 
     def _open_all(self, condition: str = "", values: tuple[str, ...] = ()) -> Iterator[tuple[Record, Opened]]:
         sealer = self._find_sealer()
@@ -273,25 +251,6 @@ class SampleStore:
             ):
                 record = Record(row=row, model=model, kept_s=kept_s)
                 yield record, sealer.open(record, sealed)
-
-    def _seal_old(self, sealer: Sealer, row: sqlite3.Row) -> tuple[int, str, int, bytes]:
-        def decode(name: str) -> Array:
-            shape = [int(size) for size in row[f"{name}_shape"].split("x") if size]
-            return np.frombuffer(row[name], row[f"{name}_dtype"]).reshape(shape)
-
-        record = Record(row=row["id"], model=self._model, kept_s=int(self._clock()))
-        return record.row, record.model, record.kept_s, sealer.seal(record, (decode("x"), decode("y")), {})
-
-    def _shrink(self, pages: int) -> None:
-        """Give what deletions left free back to the disk, so many `pages` at a time."""
-        while (free := self._count_free_pages()) > 0:
-            self._connection.execute(f"PRAGMA incremental_vacuum({max(1, pages)})").fetchall()
-            truncate_wal(self._connection)
-            if self._count_free_pages() >= free:  # a file of an earlier release keeps its size
-                return
-
-    def _count_free_pages(self) -> int:
-        return int(self._connection.execute("PRAGMA freelist_count").fetchone()[0])
 
     def _find_check(self) -> bytes | None:
         if read_version(self._connection) == 0:
@@ -335,21 +294,6 @@ def open_samples(
             store.close()
             raise
     return store
-
-
-def _divide(rows: Sequence[tuple[int, int]], budget_bytes: int) -> Iterator[list[int]]:
-    """Yield the numbers of (number, size) in parts of about `budget_bytes`, at least one each."""
-    part: list[int] = []
-    used_bytes = 0
-    for row, size_bytes in rows:
-        cost_bytes = size_bytes + 2 * PAGE_BYTES  # its leaf, and a page of the list of free ones
-        if part and used_bytes + cost_bytes > budget_bytes:
-            yield part
-            part, used_bytes = [], 0
-        part.append(row)
-        used_bytes += cost_bytes
-    if part:
-        yield part
 
 
 def _empty(spec: TensorSpec) -> Array:

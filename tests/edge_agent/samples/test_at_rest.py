@@ -15,6 +15,7 @@ from edge_agent.errors import RequestError, StalledError, TransientError
 from edge_agent.samples.sealing import SealError
 from edge_agent.samples.store import Retention, SampleStore, open_samples
 from models.tensors.spec import TensorSpec
+from tests.simulators.small_disk import fill_disk, mounted_disk
 from tests.simulators.unsealed import save_unsealed
 
 REPOSITORY = Path(__file__).parents[3]
@@ -251,36 +252,29 @@ with open_samples(Path(sys.argv[1]), model="m", key=bytes(range(32))) as store:
 """
 
 
+def fill_store(store: SampleStore, ids: list[int]) -> None:
+    while True:
+        ids += store.add([(np.full(500, 7.0), np.array(1.0))] * 4)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounting = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=False, capture_output=True
-    )
-    if mounting.returncode:
-        pytest.skip("a small disk needs the right to mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with mounted_disk(tmp_path, size_mb=2) as disk:
+        yield disk
 
 
-@pytest.mark.parametrize("is_open", [True, False])
-def test_samples_are_forgotten_on_a_disk_without_a_free_byte(small_disk: Path, is_open: bool) -> None:
+@pytest.mark.parametrize("opened", ["before it was full", "afterwards"])
+def test_samples_are_forgotten_on_a_disk_without_a_free_byte(small_disk: Path, opened: str) -> None:
     store = open_store(small_disk)
-    ids = []
+    ids: list[int] = []
     with pytest.raises(RequestError, match="cannot be kept") as refused:
-        while True:
-            ids += store.add([(np.full(500, 7.0), np.array(1.0))] * 4)
+        fill_store(store, ids)
     assert refused.value.status == 507
     assert len(ids) > 50
-    if not is_open:
+    if opened == "afterwards":
         store.close()
-    with (small_disk / "filler").open("wb") as filler, pytest.raises(OSError, match="No space"):
-        while True:
-            filler.write(bytes(512))
-            filler.flush()
-    assert os.statvfs(small_disk).f_bavail == 0
-    if not is_open:
+    fill_disk(small_disk)
+    if opened == "afterwards":
         store = open_keeper(small_disk)
     assert store.count() in (len(ids), None)
     assert store.forget(ids[:10]) == 10
