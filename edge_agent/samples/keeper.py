@@ -63,8 +63,13 @@ class SampleKeeper:
         return store.forget(ids)
 
     def forget_old(self) -> int:
-        """Delete what is kept for no longer; raises StalledError or TransientError."""
-        return self._open().forget_old() if self._path.exists() else 0
+        """Delete what is kept for no longer, and seal what an earlier release left; raises StalledError or TransientError."""
+        if not self._path.exists():
+            return 0
+        store = self._open()
+        if not store.has_key and store.count():
+            self._unlock()
+        return store.forget_old()
 
     def load_key(self) -> bytes:
         """Return the key of the samples, for the process that trains on them; raises StalledError."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from edge_agent.errors import RequestError, StalledError, TransientError
+from edge_agent.samples.keeper import SampleKeeper
 from edge_agent.samples.sealing import SealError
 from edge_agent.samples.store import Retention, SampleStore, open_samples
 from models.tensors.spec import TensorSpec
@@ -285,9 +286,7 @@ def test_samples_are_forgotten_on_a_disk_without_a_free_byte(small_disk: Path, o
     store.close()
 
 
-def open_keeper(directory: Path):
-    from edge_agent.samples.keeper import SampleKeeper
-
+def open_keeper(directory: Path) -> SampleKeeper:
     return SampleKeeper(directory / "samples.db", model="m", load_key=lambda _: KEY, retention=Retention())
 
 
@@ -316,3 +315,11 @@ def test_unsealed_store_is_not_touched_without_a_key(tmp_path: Path) -> None:
         assert store.count() == 1
         with pytest.raises(StalledError, match="earlier release"):
             store.forget()
+
+
+def test_agent_that_looks_for_old_samples_seals_those_of_an_earlier_release(tmp_path: Path) -> None:
+    save_unsealed(tmp_path / "samples.db", [sample(1)])
+    keeper = open_keeper(tmp_path)
+    assert (keeper.forget_old(), keeper.count()) == (0, 1)
+    assert not is_there(range(1, 2), read_files(tmp_path))
+    keeper.close()
