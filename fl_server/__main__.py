@@ -127,7 +127,13 @@ def _add_package(subparsers: _Subparsers) -> None:
 
 def _add_release(subparsers: _Subparsers) -> None:
     parser = _add_with_config(subparsers, "release", "sign a model version and offer it to the fleet")
-    parser.add_argument("version_dir", type=Path, metavar="VERSION_DIR", help="made by fl-server package")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("version_dir", type=Path, nargs="?", metavar="VERSION_DIR", help="made by fl-server package")
+    what.add_argument("--promote", metavar="MODEL", help="make the model's challenger its champion")
+    what.add_argument("--withdraw", metavar="MODEL", help="take the model's challenger back")
+    parser.add_argument("--challenger", action="store_true", help="beside the champion, not in its place")
+    parser.add_argument("--weight", type=_parse_decimal, metavar="W", help="the challenger's share of answers, 0 to 1")
+    parser.add_argument("--shadow", action="store_true", help="compare the challenger with the champion's answers")
     _add_following(parser)
     parser.set_defaults(execute=commands.run_release)
 

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from argparse import Namespace
+from decimal import Decimal
 from pathlib import Path
 from typing import TextIO
 
@@ -12,11 +13,12 @@ from fl_server.directory import Directory
 from fl_server.errors import ServerError, UsageError
 from fl_server.fleet.enrolment import Federation, enroll_device
 from fl_server.fleet.roster import Device, Roster
-from fl_server.jobs import Job, Jobs, JobState, ReleaseRequest, Request, TrainRequest
+from fl_server.jobs import ChallengeRequest, Job, Jobs, JobState, ReleaseRequest, Request, TrainRequest
 from fl_server.lock import holding_lock, is_locked
 from fl_server.rounds.rule import Aggregation
 from models.contract.manifest import MANIFEST_NAME, ModelManifest
 from models.contract.privacy import TrainingPlan, Unit
+from models.contract.terms import Split
 
 POLL_INTERVAL_S = 0.2  # of a job that is followed
 
@@ -141,10 +143,36 @@ def _say(line: str) -> None:
 
 def run_release(arguments: Namespace) -> None:
     _, directory = _load(arguments)
+    split = _build_split(arguments)
+    if arguments.version_dir is None:
+        _enqueue(arguments, directory, _build_challenge_request(arguments, directory))
+        return
     version_dir: Path = arguments.version_dir.resolve()
     if not (version_dir / MANIFEST_NAME).is_file():
         raise UsageError(f"{arguments.version_dir} holds no {MANIFEST_NAME}; a version comes from fl-server package")
-    _enqueue(arguments, directory, ReleaseRequest(version_dir=str(version_dir)))
+    _enqueue(arguments, directory, ReleaseRequest(version_dir=str(version_dir), split=split))
+
+
+def _build_split(arguments: Namespace) -> Split | None:
+    if not arguments.challenger:
+        if arguments.weight is not None or arguments.shadow:
+            raise UsageError("--weight and --shadow are about a challenger: add --challenger")
+        return None
+    if arguments.version_dir is None:
+        raise UsageError("--challenger is about a VERSION_DIR: --promote and --withdraw end what is released")
+    try:
+        return Split(weight=arguments.weight or Decimal(0), shadow=arguments.shadow)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _build_challenge_request(arguments: Namespace, directory: Directory) -> ChallengeRequest:
+    from fl_server.registry.registry import Registry
+
+    model = arguments.promote or arguments.withdraw
+    with Registry(directory.registry_dir) as registry:
+        version = registry.get_model_version_by_alias(model, "challenger").version
+    return ChallengeRequest(model=model, version=version, verdict="promote" if arguments.promote else "withdraw")
 
 
 def run_train(arguments: Namespace) -> None:

@@ -6,13 +6,14 @@ from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from fl_server.database import open_database
 from fl_server.errors import ServerError
 from fl_server.rounds.rule import MEAN, Aggregation
 from models.contract.encoding import build_json, parse_json
 from models.contract.privacy import TrainingPlan
+from models.contract.terms import Split
 from models.contract.topics import check_name
 
 LINES_KEPT = 10_000  # of each job; older ones go: what a device reports must not fill the disk
@@ -46,9 +47,22 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseRequest:
-    """Make the version in this folder the champion of its model."""
+    """Make the version in this folder the champion of its model, or with a split its challenger."""
 
     version_dir: str
+    split: Split | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChallengeRequest:
+    """Make the challenger the champion, or withdraw it; it is named, so that a restart does not end another one."""
+
+    model: str
+    version: int
+    verdict: Literal["promote", "withdraw"]
+
+    def __post_init__(self) -> None:
+        check_name(self.model, "model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +87,12 @@ class TrainRequest:
             )
 
 
-Request = ReleaseRequest | TrainRequest
-_KINDS: dict[str, type[ReleaseRequest | TrainRequest]] = {"release": ReleaseRequest, "train": TrainRequest}
+Request = ReleaseRequest | ChallengeRequest | TrainRequest
+_KINDS: dict[str, type[Request]] = {
+    "release": ReleaseRequest,
+    "challenge": ChallengeRequest,
+    "train": TrainRequest,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
