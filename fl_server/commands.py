@@ -267,6 +267,7 @@ def _describe(device: Device) -> dict[str, str | int | float | bool | None]:
         "state": state,
         "model": status.model if status else None,
         "version": status.version if status else None,
+        "challenger": status.challenger if status else None,
         "digest": status.digest if status else None,
         "update": status.update if status else None,
         "trains": status is not None and status.trains,
