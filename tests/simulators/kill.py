@@ -8,8 +8,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+from tests.simulators.waiting import wait_until
 
 _CHANGES = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.truncate"})
+_THREADS = Path("/proc/self/task")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
@@ -37,13 +41,14 @@ def run_and_kill(work: Callable[[], object], *, at: int) -> bool:
     return True
 
 
-def run_apart(work: Callable[[], object]) -> None:
-    """Do `work` in a child that lives to its end.
+def run_settled(work: Callable[[], object]) -> None:
+    """Do `work` here, and return once the threads that it started are gone.
 
-    Work with threads, between two forks: a thread that is just ending may hold a lock of OpenSSL's, and a child that
-    is forked then waits for it for ever.
+    A thread that is just ending may hold a lock of OpenSSL's, and a child that is forked then waits for it for ever.
     """
-    assert run_and_kill(work, at=sys.maxsize)
+    before = set(_THREADS.iterdir())
+    work()
+    wait_until(lambda: set(_THREADS.iterdir()) <= before, "the end of all threads")
 
 
 def _count_changes(at: int) -> None:

@@ -156,22 +156,27 @@ def test_champion_of_a_newer_offer_does_not_wait_for_a_challenger_that_stalls(
     stalling = server.release(champion, challenger=rival, split=TENTH)
     broker.stalled.add(broker.get_chunks(build_digest(b"two" + BIG))[0])
     blobs = dict(broker.retained)
+    overtaken = server.write_version(4, b"four")
+    between = server.release(champion, challenger=overtaken, split=TENTH)
     newer = server.release(server.write_version(3, b"three"))
     broker.retained |= blobs
 
     async def receive() -> None:
         first = asyncio.create_task(device.updater.handle_offer(stalling))
         await broker.wait_until_stalled()
-        second = asyncio.create_task(device.updater.handle_offer(newer))
+        second = asyncio.create_task(device.updater.handle_offer(between))
+        third = asyncio.create_task(device.updater.handle_offer(newer))
         async with asyncio.timeout(10):
             while device.version != 3:  # noqa: ASYNC110 - as above
                 await asyncio.sleep(0.01)
         broker.release()
-        await asyncio.gather(first, second)
+        await asyncio.gather(first, second, third)
 
     asyncio.run(receive())
     assert device.challenger is None
     assert list_slot(device) == []
+    manifest_digest = build_digest((overtaken / MANIFEST_NAME).read_bytes())
+    assert not any(manifest_digest in topic for topic in broker.reads), "it was overtaken"
 
 
 def test_device_that_is_too_busy_for_a_trial_keeps_all_tries(

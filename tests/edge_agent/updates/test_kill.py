@@ -18,7 +18,7 @@ from edge_agent.updates.slots import Slots
 from models.contract.messages import EventKind
 from models.contract.terms import Split
 from tests.simulators.broker_memory import MemoryBroker
-from tests.simulators.kill import run_and_kill, run_apart
+from tests.simulators.kill import run_and_kill, run_settled
 from tests.simulators.releases import BIG, Device, ReleaseServer
 
 assert open_offer  # tuf is imported before the first child is made, not in each of them
@@ -39,7 +39,7 @@ def test_kill_at_any_change_of_the_disk_leaves_a_version_that_verifies_and_an_up
     broker = MemoryBroker()
     server = ReleaseServer(memory_dir / "server", broker)
     first = server.release(server.write_version(1, b"one" + BIG))
-    run_apart(lambda: Device(memory_dir / "installed", broker, server.root).receive(first))
+    run_settled(lambda: Device(memory_dir / "installed", broker, server.root).receive(first))
     offer = server.release(server.write_version(2, second, graph=b"other"))
     state_dir = memory_dir / "device"
 
@@ -59,7 +59,7 @@ def test_kill_at_any_change_of_the_disk_leaves_a_version_that_verifies_and_an_up
         assert slots.active is not None, at
         assert slots.active.manifest.version in {1, expected}, at
         assert slots.damage == [], at
-        run_apart(end_the_update)
+        run_settled(end_the_update)
         assert Slots(state_dir / "slots").trial is None, at
         shutil.rmtree(state_dir)
     assert at > 40
@@ -69,7 +69,7 @@ def test_version_that_kills_the_agent_has_three_tries(tmp_path: Path) -> None:
     broker = MemoryBroker()
     server = ReleaseServer(tmp_path / "server", broker)
     first = server.release(server.write_version(1, b"one"))
-    run_apart(lambda: Device(tmp_path / "device", broker, server.root).receive(first))
+    run_settled(lambda: Device(tmp_path / "device", broker, server.root).receive(first))
     offer = server.release(server.write_version(2, b"two"))
 
     def update_to_death() -> None:
@@ -95,7 +95,7 @@ def test_version_on_trial_that_is_damaged_before_the_restart_is_fetched_again_an
     broker = MemoryBroker()
     server = ReleaseServer(tmp_path / "server", broker)
     first = server.release(server.write_version(1, b"one"))
-    run_apart(lambda: Device(tmp_path / "device", broker, server.root).receive(first))
+    run_settled(lambda: Device(tmp_path / "device", broker, server.root).receive(first))
     offer = server.release(server.write_version(2, b"two"))
 
     def update_to_death() -> None:
@@ -146,7 +146,7 @@ def test_disk_that_takes_no_more_keeps_the_old_version_and_is_left_free(tmp_path
     broker = MemoryBroker()
     server = ReleaseServer(tmp_path / "server", broker)
     first = server.release(server.write_version(1, b"one"))
-    run_apart(lambda: Device(tmp_path / "device", broker, server.root).receive(first))
+    run_settled(lambda: Device(tmp_path / "device", broker, server.root).receive(first))
     offer = server.release(server.write_version(2, b"two" + BIG))
 
     def update_within_100_kb() -> None:
@@ -170,7 +170,7 @@ def test_kill_at_any_change_of_the_disk_leaves_the_champion_and_a_challenger_tha
     server = ReleaseServer(memory_dir / "server", broker)
     champion, challenger = server.write_version(1, b"one"), server.write_version(2, b"two" + BIG)
     first = server.release(champion)
-    run_apart(lambda: Device(memory_dir / "installed", broker, server.root).receive(first))
+    run_settled(lambda: Device(memory_dir / "installed", broker, server.root).receive(first))
     before = (memory_dir / "installed" / "slots" / "state.json").read_bytes()
     offer = server.release(champion, challenger=challenger, split=Split(weight=Decimal("0.1")))
     state_dir = memory_dir / "device"
@@ -188,7 +188,7 @@ def test_kill_at_any_change_of_the_disk_leaves_the_champion_and_a_challenger_tha
 
         assert (state_dir / "slots" / "state.json").read_bytes() == before, at
         assert Slots(state_dir / "slots").damage == [], at
-        run_apart(end_what_was_begun)
+        run_settled(end_what_was_begun)
         held = ChallengerSlot(state_dir / "slots").held
         assert held is not None, at
         assert held.tries_left is None, at
