@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_devices(subparsers)
     _add_package(subparsers)
     _add_release(subparsers)
+    _add_rollback(subparsers)
     _add_train(subparsers)
     _add_simulate(subparsers)
     _add_demo(subparsers)
@@ -136,6 +137,13 @@ def _add_release(subparsers: _Subparsers) -> None:
     parser.add_argument("--shadow", action="store_true", help="compare the challenger with the champion's answers")
     _add_following(parser)
     parser.set_defaults(execute=commands.run_release)
+
+
+def _add_rollback(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "rollback", "make the version that was champion before the champion again")
+    parser.add_argument("model", metavar="MODEL", help="whose champion goes back; once more, and it is the one of now")
+    _add_following(parser)
+    parser.set_defaults(execute=commands.run_rollback)
 
 
 def _add_train(subparsers: _Subparsers) -> None:

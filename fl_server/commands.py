@@ -13,12 +13,12 @@ from fl_server.directory import Directory
 from fl_server.errors import ServerError, UsageError
 from fl_server.fleet.enrolment import Federation, enroll_device
 from fl_server.fleet.roster import Device, Roster
-from fl_server.jobs import ChallengeRequest, Job, Jobs, JobState, ReleaseRequest, Request, TrainRequest
+from fl_server.jobs import Job, Jobs, JobState, PromoteRequest, ReleaseRequest, Request, TrainRequest, WithdrawRequest
 from fl_server.lock import holding_lock, is_locked
 from fl_server.rounds.rule import Aggregation
 from models.contract.manifest import MANIFEST_NAME, ModelManifest
 from models.contract.privacy import TrainingPlan, Unit
-from models.contract.terms import Split
+from models.contract.terms import Role, Split
 
 POLL_INTERVAL_S = 0.2  # of a job that is followed
 
@@ -145,7 +145,7 @@ def run_release(arguments: Namespace) -> None:
     _, directory = _load(arguments)
     split = _build_split(arguments)
     if arguments.version_dir is None:
-        _enqueue(arguments, directory, _build_challenge_request(arguments, directory))
+        _enqueue(arguments, directory, _build_verdict(arguments, directory))
         return
     version_dir: Path = arguments.version_dir.resolve()
     if not (version_dir / MANIFEST_NAME).is_file():
@@ -166,13 +166,22 @@ def _build_split(arguments: Namespace) -> Split | None:
         raise UsageError(str(error)) from error
 
 
-def _build_challenge_request(arguments: Namespace, directory: Directory) -> ChallengeRequest:
+def _build_verdict(arguments: Namespace, directory: Directory) -> PromoteRequest | WithdrawRequest:
+    model, request = (arguments.promote, PromoteRequest) if arguments.promote else (arguments.withdraw, WithdrawRequest)
+    return request(model=model, version=_find_version(directory, model, "challenger"))
+
+
+def run_rollback(arguments: Namespace) -> None:
+    _, directory = _load(arguments)
+    version = _find_version(directory, arguments.model, "previous")
+    _enqueue(arguments, directory, PromoteRequest(model=arguments.model, version=version))
+
+
+def _find_version(directory: Directory, model: str, alias: Role) -> int:
     from fl_server.registry.registry import Registry
 
-    model = arguments.promote or arguments.withdraw
     with Registry(directory.registry_dir) as registry:
-        version = registry.get_model_version_by_alias(model, "challenger").version
-    return ChallengeRequest(model=model, version=version, verdict="promote" if arguments.promote else "withdraw")
+        return registry.get_model_version_by_alias(model, alias).version
 
 
 def run_train(arguments: Namespace) -> None:

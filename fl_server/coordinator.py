@@ -22,7 +22,7 @@ from fl_server.directory import Directory
 from fl_server.errors import RunError, ServerError
 from fl_server.fleet.mqtt import Connected, Disconnected, FromDevice, Link, LinkError
 from fl_server.fleet.roster import Roster, RosterError
-from fl_server.jobs import ChallengeRequest, Job, Jobs, JobState, ReleaseRequest
+from fl_server.jobs import Job, Jobs, JobState, PromoteRequest, ReleaseRequest, WithdrawRequest
 from fl_server.orders import Orders
 from fl_server.release import ReleaseResult, Releases
 from fl_server.rollout.keys import load_key
@@ -184,7 +184,7 @@ class Coordinator:
             logger.info("job %d: %s", job.job, line)
             self._jobs.add_line(job.job, line)
 
-        if isinstance(job.request, ReleaseRequest | ChallengeRequest):
+        if isinstance(job.request, ReleaseRequest | PromoteRequest | WithdrawRequest):
             return await self._release(job.request, say)
         self._run = TrainingRun(f"{int(job.created_at)}-{job.job}", job.request, self._services, say)
         try:
@@ -192,14 +192,17 @@ class Coordinator:
         finally:
             self._run = None
 
-    async def _release(self, request: ReleaseRequest | ChallengeRequest, say: Callable[[str], None]) -> ReleaseResult:
+    async def _release(
+        self, request: ReleaseRequest | PromoteRequest | WithdrawRequest, say: Callable[[str], None]
+    ) -> ReleaseResult:
         match request:
             case ReleaseRequest(version_dir=version_dir, split=split):
                 version = await self._releases.release_folder(Path(version_dir), split)
                 what = "the champion" if split is None else f"the challenger, {split}"
-            case ChallengeRequest(verdict=verdict):
-                version = self._releases.end_challenge(request)
-                what = "the champion" if verdict == "promote" else "no challenger any more"
+            case PromoteRequest(model=model, version=number):
+                version, what = self._releases.promote(model, number), "the champion"
+            case WithdrawRequest(model=model, version=number):
+                version, what = self._releases.withdraw(model, number), "no challenger any more"
         when = "the fleet is told" if await self._releases.publish() else "the fleet is told once the broker is back"
         say(f"{version.model} version {version.version} is {what}; {when}")
         return ReleaseResult(model=version.model, version=version.version, digest=version.manifest_digest)

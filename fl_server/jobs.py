@@ -6,7 +6,7 @@ from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 from fl_server.database import open_database
 from fl_server.errors import ServerError
@@ -55,12 +55,22 @@ class ReleaseRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChallengeRequest:
-    """Make the challenger the champion, or withdraw it; it is named, so that a restart does not end another one."""
+class PromoteRequest:
+    """Make a registered version the champion; it is named, so that after a restart it is the same one."""
 
     model: str
     version: int
-    verdict: Literal["promote", "withdraw"]
+
+    def __post_init__(self) -> None:
+        check_name(self.model, "model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WithdrawRequest:
+    """Let a version be its model's challenger no more; once more does nothing."""
+
+    model: str
+    version: int
 
     def __post_init__(self) -> None:
         check_name(self.model, "model")
@@ -88,10 +98,11 @@ class TrainRequest:
             )
 
 
-Request = ReleaseRequest | ChallengeRequest | TrainRequest
+Request = ReleaseRequest | PromoteRequest | WithdrawRequest | TrainRequest
 _KINDS: dict[str, type[Request]] = {
     "release": ReleaseRequest,
-    "challenge": ChallengeRequest,
+    "promote": PromoteRequest,
+    "withdraw": WithdrawRequest,
     "train": TrainRequest,
 }
 

@@ -25,7 +25,6 @@ from fl_server.evaluation.gate import GateRules, decide_promotion
 from fl_server.evaluation.metrics import METRICS, MetricFunction
 from fl_server.fleet.mqtt import LinkError
 from fl_server.held_out import load_held_out
-from fl_server.jobs import ChallengeRequest
 from fl_server.packaging.architecture import Architecture, load_architecture
 from fl_server.packaging.definitions import load_definition
 from fl_server.packaging.package import Tools, package_version
@@ -93,14 +92,17 @@ class Releases:
         """
         return await asyncio.to_thread(self._register, version_dir, split)
 
-    def end_challenge(self, request: ChallengeRequest) -> ModelVersion:
-        """Make the challenger the champion, or take it back; once more does nothing. `publish` tells the fleet."""
+    def promote(self, model: str, version: int) -> ModelVersion:
+        """Make a registered version the champion; `publish` offers it. Raises ServerError if there is none."""
         with Registry(self._directory.registry_dir) as registry:
-            if request.verdict == "promote":
-                registry.set_registered_model_alias(request.model, "champion", request.version)
-            else:
-                registry.delete_registered_model_alias(request.model, "challenger")
-            return registry.get_model_version(request.model, request.version)
+            registry.set_registered_model_alias(model, "champion", version)
+            return registry.get_model_version(model, version)
+
+    def withdraw(self, model: str, version: int) -> ModelVersion:
+        """Let the model have no challenger, which was this version; `publish` tells. Raises as `promote`."""
+        with Registry(self._directory.registry_dir) as registry:
+            registry.delete_registered_model_alias(model, "challenger")
+            return registry.get_model_version(model, version)
 
     async def consider(
         self,

@@ -51,6 +51,12 @@ CREATE TABLE IF NOT EXISTS tags (
 ) STRICT;
 """
 
+_WAYS: dict[Role, str] = {  # to have a version of that alias
+    "champion": "release a version first: fl-server release VERSION_DIR",
+    "challenger": "release one first: fl-server release VERSION_DIR --challenger",
+    "previous": "one is there once a second version is the champion",
+}
+
 
 class RegistryError(ServerError):
     """The version cannot be registered, or is not there."""
@@ -139,10 +145,7 @@ class Registry:
         query = "SELECT version FROM aliases WHERE model = ? AND alias = ?"
         row = self._index.execute(query, (model, alias)).fetchone()
         if row is None:
-            option = " --challenger" if alias == "challenger" else ""
-            raise RegistryError(
-                f"{model} has no {alias}; release a version first: fl-server release VERSION_DIR{option}"
-            )
+            raise RegistryError(f"{model} has no {alias}; {_WAYS[alias]}")
         return self.get_model_version(model, row["version"])
 
     def set_registered_model_alias(self, model: str, alias: Role, version: int) -> None:

@@ -8,7 +8,7 @@ from fl_server.registry.registry import Registry
 from models.contract.manifest import parse_manifest
 from tests.simulators.federation import DEFINITION, Federation, run_command
 
-COMMANDS = ["init", "run", "enroll", "revoke", "devices", "package", "release", "train"]
+COMMANDS = ["init", "run", "enroll", "revoke", "devices", "package", "release", "rollback", "train"]
 
 
 @pytest.fixture
@@ -64,6 +64,7 @@ def test_refusals_are_one_line(federation, tmp_path):
         (("--withdraw", "sides"), 1, "sides has no challenger"),
     ):
         assert_refused(federation.command("release", *arguments), code, said)
+    assert_refused(federation.command("rollback", "sides"), 1, "sides has no previous; one is there once")
     assert federation.command("release", v1, "--promote", "sides").returncode == 2
     assert federation.command("release").returncode == 2
     assert_refused(federation.command("train", "heart"), 2, "models.heart")

@@ -136,7 +136,7 @@ def read_roles(broker: Mosquitto) -> dict[str, dict]:
     return {each["role"]: each for each in terms}
 
 
-def test_challenger_is_offered_with_its_split_and_promoted_or_withdrawn(federation, broker):
+def test_challenger_is_offered_with_its_split_and_promoted_rolled_back_or_withdrawn(federation, broker):
     federation.start()
     second = write_second_version(federation)
     challenge = ("release", second, "--challenger", "--weight", "0.10")
@@ -154,9 +154,13 @@ def test_challenger_is_offered_with_its_split_and_promoted_or_withdrawn(federati
     assert {role: terms["version"] for role, terms in roles.items()} == {"champion": 2, "previous": 1}
     done = federation.command(*challenge)
     assert "version 2 cannot challenge version 2: it is the champion itself" in done.stderr
-    assert federation.command("release", str(federation.directory / "v1"), "--challenger", "--shadow").returncode == 0
+    done = federation.command("rollback", "sides")
+    assert done.stdout == "sides version 1 is the champion; the fleet is told\n", done.stderr
+    roles = read_roles(broker)
+    assert {role: terms["version"] for role, terms in roles.items()} == {"champion": 1, "previous": 2}
+    assert federation.command("release", second, "--challenger", "--shadow").returncode == 0
     assert read_roles(broker)["challenger"]["split"]["shadow"] is True
-    assert federation.command("release", "--withdraw", "sides").stdout.startswith("sides version 1 is no challenger")
+    assert federation.command("release", "--withdraw", "sides").stdout.startswith("sides version 2 is no challenger")
     assert "challenger" not in read_roles(broker)
 
 

@@ -133,7 +133,7 @@ def test_challenger_that_becomes_the_champion_is_no_challenger_any_more_and_may_
     registry.set_registered_model_alias("digits", "champion", 2)
     assert registry.get_model_version_by_alias("digits", "champion").version == 2
     assert registry.get_model_version_by_alias("digits", "previous").version == 1
-    with pytest.raises(RegistryError, match="has no challenger; release a version first"):
+    with pytest.raises(RegistryError, match="has no challenger; release one first"):
         registry.get_model_version_by_alias("digits", "challenger")
     registry.set_registered_model_alias("digits", "challenger", 3)
     registry.set_registered_model_alias("digits", "champion", 1)
