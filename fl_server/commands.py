@@ -167,8 +167,11 @@ def _build_split(arguments: Namespace) -> Split | None:
 
 
 def _build_verdict(arguments: Namespace, directory: Directory) -> PromoteRequest | WithdrawRequest:
-    model, request = (arguments.promote, PromoteRequest) if arguments.promote else (arguments.withdraw, WithdrawRequest)
-    return request(model=model, version=_find_version(directory, model, "challenger"))
+    if arguments.promote is None:
+        version = _find_version(directory, arguments.withdraw, "challenger")
+        return WithdrawRequest(model=arguments.withdraw, version=version)
+    version = _find_version(directory, arguments.promote, "challenger")
+    return PromoteRequest(model=arguments.promote, version=version)
 
 
 def run_rollback(arguments: Namespace) -> None:
