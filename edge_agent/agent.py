@@ -31,7 +31,9 @@ from edge_agent.monitor.telemetry import read_rss_mb
 from edge_agent.owner import OwnerStatus, load_privacy_report
 from edge_agent.reporter import Reporter
 from edge_agent.samples.sensor import SensorFeed
-from edge_agent.updates.installer import Updater, UpdaterSettings
+from edge_agent.updates.challenger_slot import Challenger
+from edge_agent.updates.installer import Updater
+from edge_agent.updates.settings import UpdaterSettings
 from edge_agent.updates.verifier import verify_offer
 from edge_agent.wake import TrainingDesk
 from models.contract.encoding import parse_json
@@ -97,11 +99,10 @@ class Agent:
             open_offer=partial(verify_offer, root=root, trust_dir=settings.state_dir / "tuf"),
             reader=self._link,
             try_version=self._try_version,
+            serve_challenger=None if settings.serving.challenger is not None else self._serve_challenger,
             on_event=lambda kind, message, version: self._reporter.tell(kind, message, version=version),
         )
-        self._reporter = Reporter(
-            settings, self._version, link=self._link, updater=self._updater, latencies=self._server.latencies
-        )
+        self._reporter = Reporter(settings, self._version, link=self._link, updater=self._updater, server=self._server)
         self._training = TrainingDesk(
             settings,
             updater=self._updater,
@@ -117,7 +118,7 @@ class Agent:
             ("outbox", self._keep_outbox),
             ("model", self._load_active),
             ("http", self._start_http),
-            ("challenger", self._start_challenger),
+            ("challenger", self._start_owners_challenger),
             ("retention", self._start_retention),
             ("sensor", self._start_sensor),
             ("link", self._start_link),
@@ -157,9 +158,9 @@ class Agent:
         answering = self._server.answer(app, self._sockets, on_end=self._stopped.set, grpc_address=address)
         await stack.enter_async_context(answering)
 
-    async def _start_challenger(self, stack: contextlib.AsyncExitStack) -> None:
+    async def _start_owners_challenger(self, stack: contextlib.AsyncExitStack) -> None:
         if self._settings.serving.challenger is not None:
-            _start_task(stack, asyncio.to_thread(self._challenge, self._settings.serving.challenger))
+            _start_task(stack, asyncio.to_thread(self._serve_owners, self._settings.serving.challenger))
 
     async def _start_sensor(self, stack: contextlib.AsyncExitStack) -> None:
         if self._settings.samples.mqtt_topic is not None:
@@ -215,7 +216,16 @@ class Agent:
             raise RequestError("this device has no version yet: it waits for its first release", status=503)
         self._server.adopt(current.directory, current.manifest)
 
-    def _challenge(self, directory: Path) -> None:
+    def _serve_challenger(self, challenger: Challenger | None) -> None:
+        if challenger is None:
+            self._server.end_challenge()
+            return
+        if not challenger.is_proven:
+            try_in_sandbox(challenger.directory)
+        split = challenger.split
+        self._server.challenge(challenger.directory, weight=float(split.weight), shadow=split.shadow)
+
+    def _serve_owners(self, directory: Path) -> None:
         serving = self._settings.serving
         try:
             try_in_sandbox(directory)

@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_devices(subparsers)
     _add_package(subparsers)
     _add_release(subparsers)
+    _add_rollback(subparsers)
     _add_train(subparsers)
     _add_simulate(subparsers)
     _add_demo(subparsers)
@@ -127,9 +128,22 @@ def _add_package(subparsers: _Subparsers) -> None:
 
 def _add_release(subparsers: _Subparsers) -> None:
     parser = _add_with_config(subparsers, "release", "sign a model version and offer it to the fleet")
-    parser.add_argument("version_dir", type=Path, metavar="VERSION_DIR", help="made by fl-server package")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("version_dir", type=Path, nargs="?", metavar="VERSION_DIR", help="made by fl-server package")
+    what.add_argument("--promote", metavar="MODEL", help="make the model's challenger its champion")
+    what.add_argument("--withdraw", metavar="MODEL", help="take the model's challenger back")
+    parser.add_argument("--challenger", action="store_true", help="beside the champion, not in its place")
+    parser.add_argument("--weight", type=_parse_decimal, metavar="W", help="the challenger's share of answers, 0 to 1")
+    parser.add_argument("--shadow", action="store_true", help="compare the challenger with the champion's answers")
     _add_following(parser)
     parser.set_defaults(execute=commands.run_release)
+
+
+def _add_rollback(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "rollback", "make the version that was champion before the champion again")
+    parser.add_argument("model", metavar="MODEL", help="whose champion goes back; once more, and it is the one of now")
+    _add_following(parser)
+    parser.set_defaults(execute=commands.run_rollback)
 
 
 def _add_train(subparsers: _Subparsers) -> None:

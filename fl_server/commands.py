@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from argparse import Namespace
+from decimal import Decimal
 from pathlib import Path
 from typing import TextIO
 
@@ -12,11 +13,12 @@ from fl_server.directory import Directory
 from fl_server.errors import ServerError, UsageError
 from fl_server.fleet.enrolment import Federation, enroll_device
 from fl_server.fleet.roster import Device, Roster
-from fl_server.jobs import Job, Jobs, JobState, ReleaseRequest, Request, TrainRequest
+from fl_server.jobs import Job, Jobs, JobState, PromoteRequest, ReleaseRequest, Request, TrainRequest, WithdrawRequest
 from fl_server.lock import holding_lock, is_locked
 from fl_server.rounds.rule import Aggregation
 from models.contract.manifest import MANIFEST_NAME, ModelManifest
 from models.contract.privacy import TrainingPlan, Unit
+from models.contract.terms import Role, Split
 
 POLL_INTERVAL_S = 0.2  # of a job that is followed
 
@@ -141,10 +143,48 @@ def _say(line: str) -> None:
 
 def run_release(arguments: Namespace) -> None:
     _, directory = _load(arguments)
+    split = _build_split(arguments)
+    if arguments.version_dir is None:
+        _enqueue(arguments, directory, _build_verdict(arguments, directory))
+        return
     version_dir: Path = arguments.version_dir.resolve()
     if not (version_dir / MANIFEST_NAME).is_file():
         raise UsageError(f"{arguments.version_dir} holds no {MANIFEST_NAME}; a version comes from fl-server package")
-    _enqueue(arguments, directory, ReleaseRequest(version_dir=str(version_dir)))
+    _enqueue(arguments, directory, ReleaseRequest(version_dir=str(version_dir), split=split))
+
+
+def _build_split(arguments: Namespace) -> Split | None:
+    if not arguments.challenger:
+        if arguments.weight is not None or arguments.shadow:
+            raise UsageError("--weight and --shadow are about a challenger: add --challenger")
+        return None
+    if arguments.version_dir is None:
+        raise UsageError("--challenger is about a VERSION_DIR: --promote and --withdraw end what is released")
+    try:
+        return Split(weight=arguments.weight or Decimal(0), shadow=arguments.shadow)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _build_verdict(arguments: Namespace, directory: Directory) -> PromoteRequest | WithdrawRequest:
+    if arguments.promote is None:
+        version = _find_version(directory, arguments.withdraw, "challenger")
+        return WithdrawRequest(model=arguments.withdraw, version=version)
+    version = _find_version(directory, arguments.promote, "challenger")
+    return PromoteRequest(model=arguments.promote, version=version)
+
+
+def run_rollback(arguments: Namespace) -> None:
+    _, directory = _load(arguments)
+    version = _find_version(directory, arguments.model, "previous")
+    _enqueue(arguments, directory, PromoteRequest(model=arguments.model, version=version))
+
+
+def _find_version(directory: Directory, model: str, alias: Role) -> int:
+    from fl_server.registry.registry import Registry
+
+    with Registry(directory.registry_dir) as registry:
+        return registry.get_model_version_by_alias(model, alias).version
 
 
 def run_train(arguments: Namespace) -> None:
@@ -239,6 +279,7 @@ def _describe(device: Device) -> dict[str, str | int | float | bool | None]:
         "state": state,
         "model": status.model if status else None,
         "version": status.version if status else None,
+        "challenger": status.challenger if status else None,
         "digest": status.digest if status else None,
         "update": status.update if status else None,
         "trains": status is not None and status.trains,

@@ -14,6 +14,7 @@ from fl_server.rounds.rule import MEAN, Aggregation
 from models.contract.encoding import build_json, parse_json
 from models.contract.errors import ContractError
 from models.contract.privacy import TrainingPlan
+from models.contract.terms import Split
 from models.contract.topics import check_name
 
 LINES_KEPT = 10_000  # of each job; older ones go: what a device reports must not fill the disk
@@ -47,9 +48,32 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseRequest:
-    """Make the version in this folder the champion of its model."""
+    """Make the version in this folder the champion of its model, or with a split its challenger."""
 
     version_dir: str
+    split: Split | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromoteRequest:
+    """Make a registered version the champion; it is named, so that after a restart it is the same one."""
+
+    model: str
+    version: int
+
+    def __post_init__(self) -> None:
+        check_name(self.model, "model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WithdrawRequest:
+    """Let a version be its model's challenger no more; once more does nothing."""
+
+    model: str
+    version: int
+
+    def __post_init__(self) -> None:
+        check_name(self.model, "model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +98,13 @@ class TrainRequest:
             )
 
 
-Request = ReleaseRequest | TrainRequest
-_KINDS: dict[str, type[ReleaseRequest | TrainRequest]] = {"release": ReleaseRequest, "train": TrainRequest}
+Request = ReleaseRequest | PromoteRequest | WithdrawRequest | TrainRequest
+_KINDS: dict[str, type[Request]] = {
+    "release": ReleaseRequest,
+    "promote": PromoteRequest,
+    "withdraw": WithdrawRequest,
+    "train": TrainRequest,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
 from tuf.ngclient import FetcherInterface, Updater
 
 from edge_agent.errors import StalledError
-from edge_agent.updates.targets import SignedTargets
+from edge_agent.updates.targets import SignedTarget, SignedTargets
 from models.contract.encoding import build_json, parse_json
 from models.contract.errors import ContractError
 from models.contract.files import save_atomically
@@ -72,13 +72,13 @@ def open_offer(payload: bytes, *, root: bytes, trust_dir: Path) -> SignedTargets
     return SignedTargets(signed)
 
 
-def _list_signed(updater: Updater, metadata: Mapping[str, bytes]) -> Iterator[tuple[str, tuple[str, int]]]:
+def _list_signed(updater: Updater, metadata: Mapping[str, bytes]) -> Iterator[tuple[str, SignedTarget]]:
     """Yield every target that verifies; the names come from documents that need not."""
     for path in (COORDINATOR_KEY_TARGET, _NO_GRAPH):  # loads both delegated roles, whatever the names
         updater.get_targetinfo(path)
     for path in {path for data in metadata.values() for path in _list_names(data)}:
         if (target := updater.get_targetinfo(path)) is not None:
-            yield path, (target.hashes.get("sha256", ""), target.length)
+            yield path, (target.hashes.get("sha256", ""), target.length, target.custom)
 
 
 def _list_names(data: bytes) -> list[str]:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from securesystemslib.signer import CryptoSigner
@@ -47,8 +47,9 @@ from models.contract.offer import (
     build_graph_target,
     build_release_target,
 )
+from models.contract.terms import ReleaseTerms, Role, Split, build_terms
 
-ALIASES = frozenset({"champion", "challenger", "previous"})
+ALIASES = frozenset(get_args(Role))
 ROOT_THRESHOLD = 2
 ROOT_KEYS = ("root-1", "root-2", "root-3")
 LIFETIMES = {
@@ -116,19 +117,22 @@ class ReleaseRepository:
                 signed.update(added)
                 self._issue(state, {ROLE_GRAPHS}, now)
 
-    def set_release(self, model: str, manifests: Mapping[str, bytes], *, now: datetime) -> None:
+    def set_release(
+        self, model: str, manifests: Mapping[Role, bytes], *, now: datetime, split: Split | None = None
+    ) -> None:
         """Let each alias of `model` stand for a manifest; aliases not named stand for nothing from now on.
 
         Args:
             model: All manifests must be its.
-            manifests: Manifest bytes by alias: "champion", "challenger", "previous".
+            manifests: Manifest bytes by alias.
             now: Aware, in UTC.
+            split: What the challenger is for; None without one.
 
         Raises:
             MalformedError: Bytes that are no manifest.
             UsageError: An unknown alias, or a manifest of another model.
         """
-        released = {target.path: target for target in _build_releases(model, manifests)}
+        released = {target.path: target for target in _build_releases(model, manifests, split)}
         with self._locked():
             state = self._load()
             releases = state.targets[ROLE_RELEASES]
@@ -298,12 +302,12 @@ def _signer(key: Ed25519PrivateKey) -> CryptoSigner:
     return CryptoSigner(key)
 
 
-def _build_target(path: str, entry: FileEntry, custom: dict[str, int] | None = None) -> TargetFile:
+def _build_target(path: str, entry: FileEntry, custom: dict[str, object] | None = None) -> TargetFile:
     fields = {} if custom is None else {"custom": custom}
     return TargetFile(entry.size_bytes, {"sha256": entry.digest}, path, unrecognized_fields=fields)
 
 
-def _build_releases(model: str, manifests: Mapping[str, bytes]) -> Iterator[TargetFile]:
+def _build_releases(model: str, manifests: Mapping[Role, bytes], split: Split | None) -> Iterator[TargetFile]:
     for alias, data in manifests.items():
         manifest = parse_manifest(data)
         if alias not in ALIASES:
@@ -311,4 +315,7 @@ def _build_releases(model: str, manifests: Mapping[str, bytes]) -> Iterator[Targ
         if manifest.model != model:
             raise UsageError(f"the {alias} is a manifest of {manifest.model!r}, not of {model!r}")
         entry = FileEntry(digest=build_digest(data), size_bytes=len(data))
-        yield _build_target(build_release_target(model, alias), entry, {"version": manifest.version})
+        terms = ReleaseTerms(
+            role=alias, version=manifest.version, split=split or Split() if alias == "challenger" else None
+        )
+        yield _build_target(build_release_target(model, alias), entry, build_terms(terms))

@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import time
@@ -20,7 +21,7 @@ from fl_server.rounds.flower import list_nodes
 from models.contract.encoding import build_json
 from models.contract.envelope import RunNotice, WakeCommand, open_envelope
 from models.contract.ledger import LedgerHead, Spent
-from models.contract.manifest import parse_manifest
+from models.contract.manifest import build_manifest, parse_manifest
 from models.contract.messages import Event, EventKind, Status
 from models.contract.offer import parse_offer
 from tests.simulators.federation import FLEET, MODEL, Federation
@@ -117,6 +118,50 @@ def test_released_version_is_offered_and_offered_again_after_the_broker_lost_it(
     assert parse_manifest(before[1]).version == 1
     broker.restart()
     assert [read_retained(broker, topic) for topic in topics] == before
+
+
+def write_second_version(federation: Federation) -> str:
+    """Return the folder of the first version under the next number."""
+    shutil.copytree(federation.directory / "v1", directory := federation.directory / "v2")
+    manifest = parse_manifest((directory / "manifest.json").read_bytes())
+    (directory / "manifest.json").write_bytes(build_manifest(dataclasses.replace(manifest, version=2)))
+    return str(directory)
+
+
+def read_roles(broker: Mosquitto) -> dict[str, dict]:
+    """Return the terms of what the retained offer signs, by role."""
+    files = parse_offer(read_retained(broker, f"fl/v1/{FLEET}/offer"))
+    [releases] = [json.loads(data) for name, data in files.items() if name.endswith(".releases.json")]
+    terms = [target["custom"] for target in releases["signed"]["targets"].values() if "custom" in target]
+    return {each["role"]: each for each in terms}
+
+
+def test_challenger_is_offered_with_its_split_and_promoted_rolled_back_or_withdrawn(federation, broker):
+    federation.start()
+    second = write_second_version(federation)
+    challenge = ("release", second, "--challenger", "--weight", "0.10")
+    done = federation.command(*challenge)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "sides has no champion" in done.stderr
+    assert federation.command("release", str(federation.directory / "v1")).returncode == 0
+    done = federation.command(*challenge)
+    assert done.stdout == "sides version 2 is the challenger, with weight 0.10; the fleet is told\n", done.stderr
+    assert read_roles(broker)["challenger"]["split"] == {"weight": "0.10", "shadow": False}
+    assert read_roles(broker)["champion"]["version"] == 1
+    done = federation.command("release", "--promote", "sides")
+    assert done.stdout == "sides version 2 is the champion; the fleet is told\n", done.stderr
+    roles = read_roles(broker)
+    assert {role: terms["version"] for role, terms in roles.items()} == {"champion": 2, "previous": 1}
+    done = federation.command(*challenge)
+    assert "version 2 cannot challenge version 2: it is the champion itself" in done.stderr
+    done = federation.command("rollback", "sides")
+    assert done.stdout == "sides version 1 is the champion; the fleet is told\n", done.stderr
+    roles = read_roles(broker)
+    assert {role: terms["version"] for role, terms in roles.items()} == {"champion": 1, "previous": 2}
+    assert federation.command("release", second, "--challenger", "--shadow").returncode == 0
+    assert read_roles(broker)["challenger"]["split"]["shadow"] is True
+    assert federation.command("release", "--withdraw", "sides").stdout.startswith("sides version 2 is no challenger")
+    assert "challenger" not in read_roles(broker)
 
 
 def test_events_are_acknowledged_each_time_and_kept_once_amid_junk_and_strangers(federation, broker):

@@ -1,6 +1,7 @@
 """A release through a real broker, with the links that agent and coordinator use."""
 
 import asyncio
+from decimal import Decimal
 from pathlib import Path
 
 from edge_agent.link.mqtt import Broker, Publication
@@ -11,21 +12,25 @@ from fl_server.rollout.publisher import Publisher, list_blobs
 from models.contract.encoding import build_digest
 from models.contract.messages import EventKind
 from models.contract.offer import build_offer
+from models.contract.terms import Split
 from models.contract.topics import build_offer_topic
 from tests.simulators.broker_memory import MemoryBroker
 from tests.simulators.mosquitto import Mosquitto
 from tests.simulators.releases import BIG, FLEET, Device, ReleaseServer
 
 
-def test_release_reaches_a_device_through_a_real_broker(tmp_path: Path) -> None:
+def test_champion_and_challenger_reach_a_device_through_a_real_broker(tmp_path: Path) -> None:
     server = ReleaseServer(tmp_path / "server", MemoryBroker())
-    version_dir = server.write_version(1, b"one" + BIG * 4)
-    server.release(version_dir)
+    champion, challenger = server.write_version(1, b"one" + BIG * 4), server.write_version(2, b"two" + BIG)
+    server.release(champion, challenger=challenger, split=Split(weight=Decimal("0.25")))
     pem = server.repository.build_coordinator_pem()
-    blobs = {build_digest(pem): pem, **list_blobs(version_dir)}
+    blobs = {build_digest(pem): pem, **list_blobs(champion), **list_blobs(challenger)}
     with Mosquitto(tmp_path) as broker:
         events = asyncio.run(_release(tmp_path, broker.port, server, blobs))
-    assert events[-1] == (EventKind.UPDATED, "version 1 serves from slot a", 1)
+    assert events[-2:] == [
+        (EventKind.UPDATED, "version 1 serves from slot a", 1),
+        (EventKind.CHALLENGER_SET, "it stands beside the champion, with weight 0.25", 2),
+    ]
     assert (tmp_path / "device" / "coordinator.pem").read_bytes() == pem
 
 
