@@ -121,20 +121,20 @@ class App:
 
     def _find_handler(self, request: Request) -> _Handler:
         if not request.is_local:
-            self._guard.check_sender(request.headers)
-        route = self._known.get(request.target)
+            self._guard.check_sender(request.head.headers)
+        route = self._known.get(request.head.target)
         if route is None:
-            path = _parse_path(request.target)
+            path = _parse_path(request.head.target)
             route = self._route(path)
             if len(self._known) >= _ROUTES_MAX:
                 self._known.clear()
-            self._known[request.target] = route
+            self._known[request.head.target] = route
         if route.is_owners and not request.is_local:
-            self._guard.check_owner(request.headers)
-        method = "GET" if request.method == b"HEAD" else request.method.decode("ascii")
+            self._guard.check_owner(request.head.headers)
+        method = "GET" if request.head.method == b"HEAD" else request.head.method.decode("ascii")
         if method != route.method:
-            raise MethodError(_parse_path(request.target), method, route.method)
-        encoding = request.headers.get(b"content-encoding")
+            raise MethodError(_parse_path(request.head.target), method, route.method)
+        encoding = request.head.headers.get(b"content-encoding")
         if encoding is not None and encoding.lower() != b"identity":
             raise RequestError("expected a body without content-encoding", status=415)
         return route.handler

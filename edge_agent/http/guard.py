@@ -3,6 +3,7 @@
 import hmac
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 
 from edge_agent.errors import RequestError
@@ -27,7 +28,7 @@ class Guard:
         self._welcome: set[bytes] = set()  # `Host` as it has been found good; one port a name is the rule
         self._bearer = None if token is None else f"bearer {token}".encode()
 
-    def check_sender(self, headers: dict[bytes, bytes]) -> None:
+    def check_sender(self, headers: Mapping[bytes, bytes]) -> None:
         """Refuse what a web page sends: it carries an Origin, or, after DNS rebinding, a foreign Host."""
         if b"origin" in headers:
             raise RequestError("requests of web pages (header Origin) are refused", status=403)
@@ -39,7 +40,7 @@ class Guard:
         if len(self._welcome) < 16:
             self._welcome.add(host)
 
-    def check_owner(self, headers: dict[bytes, bytes]) -> None:
+    def check_owner(self, headers: Mapping[bytes, bytes]) -> None:
         """Refuse who does not know the token."""
         if self._bearer is None:
             raise RequestError("this answers on the Unix socket only", status=403)

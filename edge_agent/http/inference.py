@@ -51,17 +51,17 @@ class Inference:
         model: Model | None = None
         try:
             try:
-                asked = oip.parse_infer_request(request.body, request.headers.get(_LENGTH_HEADER))
+                asked = oip.parse_infer_request(request.body, request.head.headers.get(_LENGTH_HEADER))
             except AgentError:
                 model = self._models.select(name, version)  # that it is not here is the better reason
                 raise
-            key = request.headers.get(b"edge-key")
+            key = request.head.headers.get(b"edge-key")
             # Held for the whole request: it may be swapped meanwhile.
             model = self._models.select(name, version, key=asked.key if key is None else key.decode("latin-1"))
             model.check(asked.inputs)
             rows = len(next(iter(asked.inputs.values())))
             finish = partial(self._finish, request, asked, remember)
-            self._batcher.add(Job(model, asked.inputs, rows, started_s, finish))
+            self._batcher.add(Job(model, asked.inputs, rows, started_s, finish), is_alone=request.is_alone)
         except AgentError:
             self._count_failure(model, started_s)
             raise
