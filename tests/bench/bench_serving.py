@@ -20,7 +20,7 @@ import onnxruntime as ort
 from edge_agent.errors import StalledError
 from edge_agent.inference.model import load_version
 from tests.bench.load import Address, Load, measure
-from tests.bench.peers import prepare_peers, running_peer
+from tests.bench.peers import UVICORN, prepare_peers, running_peer
 from tests.bench.servers import Server, build_binary_request, build_json_request, check_answers, running_agent
 from tests.bench.versions import REPOSITORY, BenchVersion, build_version, feeds
 
@@ -40,6 +40,7 @@ def run() -> dict[str, float]:
     with running_all(digits) as (agent, peers):
         figures |= measure_json(digits, {"agent": agent, **peers})
         figures |= measure_binary(digits, agent)
+        figures |= measure_floor(digits, agent)
     if peers:
         least = min(figures[f"{peer}_json_64_p99_us"] for peer in peers)
         figures["json_64_connections_p99_to_best_peer_ratio"] = figures["agent_json_64_p99_us"] / least
@@ -127,6 +128,27 @@ def measure_binary(version: BenchVersion, agent: Server) -> dict[str, float]:
     figures |= _describe("agent_binary_uds_1", loads)
     ratios = [load.p50_us / 1e6 / statistics.median(durations) for load, durations in zip(loads, calls, strict=True)]
     return figures | {"uds_1_connection_p50_to_in_process_ratio": statistics.median(ratios)}
+
+
+def measure_floor(version: BenchVersion, agent: Server) -> dict[str, float]:
+    """Compare the agent with the least that uvicorn serves the same binary tensors with."""
+    request, figures = build_binary_request(version), dict[str, float]()
+    for name, peer in prepare_peers(UVICORN).items():
+        with tempfile.TemporaryDirectory() as directory, running_peer(peer, version, Path(directory)) as floor:
+            check_answers(floor, version, request, open_raw(version).run(None, feeds(version))[0])
+            for count in CONNECTIONS:
+                pairs = [
+                    [measure(each.tcp, request, connections=count, seconds=SECONDS) for each in (agent, floor)]
+                    for _ in range(TURNS)
+                ]
+                figures |= _describe(f"{name}_binary_{count}", [theirs for _, theirs in pairs])
+                rates: list[float] = [ours.rate / theirs.rate for ours, theirs in pairs]
+                delays: list[float] = [ours.p50_us / theirs.p50_us for ours, theirs in pairs]
+                figures[f"binary_{count}_connections_to_{name}_ratio"] = statistics.median(rates)
+                figures[f"binary_{count}_connections_p50_to_{name}_ratio"] = statistics.median(delays)
+            memory = agent.measure_resident_mb() / floor.measure_resident_mb()
+            figures[f"resident_mb_to_{name}_ratio"] = memory
+    return figures
 
 
 def measure_large(version: BenchVersion) -> dict[str, float]:
