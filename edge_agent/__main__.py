@@ -57,6 +57,7 @@ def serve(options: argparse.Namespace) -> None:
             host=host,
             port=port,
             uds=options.uds,
+            grpc=options.grpc,
             challenger=options.challenger,
             weight=options.weight,
             shadow=options.shadow,
@@ -190,6 +191,7 @@ def _describe_serve(parser: argparse.ArgumentParser) -> None:
         "--http", type=_parse_address, default=("127.0.0.1", 8080), metavar="HOST:PORT", help="default: 127.0.0.1:8080"
     )
     parser.add_argument("--uds", type=Path, metavar="PATH", help="a Unix socket beside it")
+    parser.add_argument("--grpc", type=_parse_address, metavar="HOST:PORT", help="the same over gRPC, on the loopback")
     parser.add_argument("--challenger", type=Path, metavar="DIR", help="a second version of the model")
     role = parser.add_mutually_exclusive_group()
     role.add_argument(

@@ -25,6 +25,7 @@ from edge_agent.http.samples import parse_samples
 from edge_agent.http.server import bind_sockets
 from edge_agent.inference.sandbox import try_in_sandbox
 from edge_agent.link.mqtt import Broker, Link
+from edge_agent.lock import holding_lock
 from edge_agent.model_server import ModelServer, find_agent_version
 from edge_agent.monitor.telemetry import read_rss_mb
 from edge_agent.owner import OwnerStatus, load_privacy_report
@@ -57,13 +58,14 @@ def run_agent(settings: AgentSettings) -> None:
         settings.state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"{error.filename}: {error.strerror}") from error
-    sockets = bind_sockets(settings.http.host, settings.http.port, settings.uds_path)
-    try:
-        agent = Agent(settings, root, sockets)
-    except OSError as error:
-        raise StalledError(f"{error.filename}: {error.strerror}") from error
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(agent.run())
+    with holding_lock(settings.state_dir):
+        sockets = bind_sockets(settings.http.host, settings.http.port, settings.uds_path)
+        try:
+            agent = Agent(settings, root, sockets)
+        except OSError as error:
+            raise StalledError(f"{error.filename}: {error.strerror}") from error
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(agent.run())
 
 
 class Agent:
@@ -143,7 +145,10 @@ class Agent:
 
     async def _start_http(self, stack: contextlib.AsyncExitStack) -> None:
         app = App(self._describe_device(), host=self._settings.http.host, token=self._token)
-        await stack.enter_async_context(self._server.answer(app, self._sockets, on_end=self._stopped.set))
+        grpc = self._settings.grpc
+        address = None if grpc is None else (grpc.host, grpc.port)
+        answering = self._server.answer(app, self._sockets, on_end=self._stopped.set, grpc_address=address)
+        await stack.enter_async_context(answering)
 
     async def _start_challenger(self, stack: contextlib.AsyncExitStack) -> None:
         if self._settings.serving.challenger is not None:

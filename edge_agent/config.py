@@ -29,6 +29,17 @@ class HttpSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GrpcSettings:
+    """The same API over gRPC."""
+
+    host: str = "127.0.0.1"
+    port: int = 8001
+
+    def __post_init__(self) -> None:
+        _check_port(self.port, "grpc.port")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerSettings:
     """The MQTT 5 broker of the fleet."""
 
@@ -82,21 +93,29 @@ class PrivacySettings:
 
     Attributes:
         epsilon_limit: Largest epsilon that one model may cost over the device's lifetime; > 0.
+        total_epsilon_limit: Largest that all models together may cost; None means the same as for one.
         noise_multiplier_limit: Least noise multiplier of a run; >= 0.
         delta: At which the lifetime epsilon is shown; (0, 1).
     """
 
     epsilon_limit: Decimal = Decimal(8)
+    total_epsilon_limit: Decimal | None = None
     noise_multiplier_limit: Decimal = Decimal(0)
     delta: Decimal = Decimal("0.001")
 
     def __post_init__(self) -> None:
-        if not self.epsilon_limit.is_finite() or self.epsilon_limit <= 0:
-            raise ValueError(f"privacy.epsilon_limit is {self.epsilon_limit}, must be > 0")
+        for name, limit in (("epsilon_limit", self.epsilon_limit), ("total_epsilon_limit", self.total_limit)):
+            if not limit.is_finite() or limit <= 0:
+                raise ValueError(f"privacy.{name} is {limit}, must be > 0")
         if not self.noise_multiplier_limit.is_finite() or self.noise_multiplier_limit < 0:
             raise ValueError(f"privacy.noise_multiplier_limit is {self.noise_multiplier_limit}, must be >= 0")
         if not self.delta.is_finite() or not 0 < self.delta < 1:
             raise ValueError(f"privacy.delta is {self.delta}, must be in (0, 1)")
+
+    @property
+    def total_limit(self) -> Decimal:
+        """Over all models."""
+        return self.epsilon_limit if self.total_epsilon_limit is None else self.total_epsilon_limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +226,7 @@ class AgentSettings:
         model: The one model it serves.
         state_dir: Everything it keeps; made on the first start.
         tuf_root_path: The root of trust that enrolment put there.
+        grpc: None for a device that answers over HTTP only.
         federation: None for a device that only serves.
     """
 
@@ -216,6 +236,7 @@ class AgentSettings:
     state_dir: Path
     tuf_root_path: Path
     http: HttpSettings = field(default_factory=HttpSettings)
+    grpc: GrpcSettings | None = None
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     updates: UpdateSettings = field(default_factory=UpdateSettings)
     federation: FederationSettings | None = None

@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import gc
 import importlib.metadata
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_agent.errors import StalledError
 from edge_agent.http.app import App
@@ -19,6 +21,10 @@ from edge_agent.monitor.latency import LatencyHistogram
 from edge_agent.monitor.metrics import build_metrics
 from edge_agent.monitor.telemetry import read_rss_mb
 from models.contract.manifest import ModelManifest
+from models.contract.settings import SettingsError
+
+if TYPE_CHECKING:
+    from edge_agent.rpc.server import GrpcServer
 
 _SWITCH_INTERVAL_S = 0.0005  # a tenth of Python's: a request waits that long for a thread that computes
 
@@ -83,7 +89,12 @@ class ModelServer:
 
     @contextlib.asynccontextmanager
     async def answer(
-        self, app: App, sockets: Sequence[socket.socket], *, on_end: Callable[[], None]
+        self,
+        app: App,
+        sockets: Sequence[socket.socket],
+        *,
+        on_end: Callable[[], None],
+        grpc_address: tuple[str, int] | None = None,
     ) -> AsyncIterator[None]:
         """Answer on `sockets` within the context; requests under way at its end are answered first.
 
@@ -91,18 +102,36 @@ class ModelServer:
             app: What answers.
             sockets: Bound.
             on_end: Called when the server has ended, whatever the reason.
+            grpc_address: Host and port on which the same is answered over gRPC, if it is.
+
+        Raises:
+            SettingsError: There is no gRPC here, or its address cannot be had.
         """
+        grpc_server = None if grpc_address is None else _bind_grpc(app, *grpc_address)
         server = HttpServer(app.handle, sockets)
         serving = asyncio.create_task(server.serve())
         serving.add_done_callback(lambda _task: on_end())
         await server.wait_listening()
+        if grpc_server is not None:
+            await grpc_server.start()
         _prefer_the_loop()
         try:
             yield
         finally:
             app.drain()
             server.stop()
+            if grpc_server is not None:
+                await grpc_server.stop()
             await serving
+
+
+def _bind_grpc(app: App, host: str, port: int) -> "GrpcServer":
+    os.environ["GRPC_VERBOSITY"] = "NONE"  # what its log would say, callers and our own say
+    try:
+        from edge_agent.rpc.server import GrpcServer  # 15 MB that only who turns it on pays for
+    except ImportError as error:
+        raise SettingsError(f"gRPC needs `pip install 'edge-fl[grpc]'`: {error}") from error
+    return GrpcServer(app, host, port)
 
 
 def _prefer_the_loop() -> None:

@@ -14,6 +14,7 @@ from edge_agent.monitor.latency import LatencyHistogram, subtract
 from edge_agent.monitor.telemetry import build_telemetry, read_rss_mb
 from edge_agent.updates.installer import Updater
 from models.contract.encoding import build_json
+from models.contract.ledger import LedgerHead
 from models.contract.messages import Ack, Event, EventKind, Status
 from models.contract.topics import Channel, build_device_topic
 
@@ -61,6 +62,7 @@ class Reporter:
         version: int | None = None,
         run: str | None = None,
         round_number: int | None = None,
+        ledger: LedgerHead | None = None,
     ) -> None:
         """Say that something happened, now or when the broker is back, and how the device is since then."""
         event = Event(
@@ -72,6 +74,7 @@ class Reporter:
             version=version,
             run=run,
             round=round_number,
+            ledger=ledger,
         )
         log.info("%s: %s", kind, event.message)
         payload = build_json(event)

@@ -32,6 +32,7 @@ class ServeOptions:
     Attributes:
         directory: Of the version.
         uds: A Unix socket beside TCP, if any.
+        grpc: Host and port for gRPC, if any.
         challenger: Of a second version of the model.
         weight: The challenger's share of the answers.
         shadow: Whether it is compared instead.
@@ -41,6 +42,7 @@ class ServeOptions:
     host: str
     port: int
     uds: Path | None = None
+    grpc: tuple[str, int] | None = None
     challenger: Path | None = None
     weight: float = 0.0
     shadow: bool = False
@@ -107,7 +109,7 @@ async def _answer(server: "ModelServer", app: "App", sockets: Sequence[socket.so
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    async with server.answer(app, sockets, on_end=stopped.set):
+    async with server.answer(app, sockets, on_end=stopped.set, grpc_address=options.grpc):
         versions = " and ".join(model.version for model in server.engine.list_models())
         log.info("%s %s serves on %s:%d", server.engine.name, versions, options.host, options.port)
         await stopped.wait()

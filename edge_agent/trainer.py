@@ -5,9 +5,11 @@ stderr when it failed. On SIGTERM it takes leave of the SuperLink, so that no ro
 """
 
 import ctypes
+import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from edge_agent.samples.store import SampleStore, open_samples
 from edge_agent.training import node
 from edge_agent.training.dp_sgd import StepGraph, local_training, open_step_graph
 from edge_agent.training.job import TrainingEvent, TrainingJob, build_event, parse_job
-from edge_agent.training.ledger import open_ledger
+from edge_agent.training.ledger import Ledger, NoCopyError, open_ledger
 from edge_agent.training.noise import draw_gaussian, draw_poisson
 from edge_agent.training.session import TrainingSession
 from edge_agent.training.updates import UpdateStore
@@ -28,6 +30,8 @@ from models.contract.errors import ContractError
 from models.contract.manifest import MANIFEST_NAME, TRAIN_STEP_NAME, ModelManifest, parse_manifest
 from models.contract.privacy import PrivacyPlan, TrainingPlan
 from models.tensors.layout import Vector
+
+_log = logging.getLogger(__name__)
 
 LEDGER_NAME = "ledger.jsonl"
 UPDATES_NAME = "updates"
@@ -67,6 +71,11 @@ def train(job: TrainingJob, *, report: Callable[[TrainingEvent], None]) -> None:
     training_dir = Path(job.training_dir)
     updates = UpdateStore(training_dir / UPDATES_NAME)
     with open_ledger(training_dir / LEDGER_NAME) as ledger, open_samples(Path(job.samples_path)) as samples:
+        try:
+            _restore(ledger, job)
+        except NoCopyError as error:
+            report(TrainingEvent(event="refused", message=str(error)))
+            return
         updates.remove_other_runs(job.run)
         session = TrainingSession(
             job=job,
@@ -85,9 +94,22 @@ def train(job: TrainingJob, *, report: Callable[[TrainingEvent], None]) -> None:
             poll_interval_s=job.poll_interval_s,
             idle_timeout_s=job.idle_timeout_s,
             handle=session.handle,
-            on_joined=lambda: report(TrainingEvent(event="joined", message=f"joined run {job.run!r}")),
+            on_joined=lambda: report(
+                TrainingEvent(
+                    event="joined",
+                    message=f"joined run {job.run!r}",
+                    round=max((entry.round for entry in ledger.entries if entry.run == job.run), default=0),
+                    ledger=ledger.head,
+                )
+            ),
         )
     report(TrainingEvent(event="ended", message=f"no message of run {job.run!r} for {job.idle_timeout_s:g} s"))
+
+
+def _restore(ledger: Ledger, job: TrainingJob) -> None:
+    restored = ledger.restore(job.ledger_copy, job.delta, at=int(time.time()))
+    if restored:
+        _log.warning("%d entries were missing in the privacy ledger: taken from the coordinator's copy", restored)
 
 
 def _build_training(

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 TRAINER_COMMAND = (sys.executable, "-m", "edge_agent.trainer")
 _EVENTS = {
     "joined": EventKind.TRAINING_STARTED,
+    "trained": EventKind.PRIVACY_SPENT,
     "refused": EventKind.TRAINING_REFUSED,
     "order_refused": EventKind.ORDER_REFUSED,
     "ended": EventKind.TRAINING_ENDED,
@@ -67,9 +68,8 @@ class TrainingDesk:
         await self._supervisor.stop()
 
     def _accept(self, payload: bytes) -> "WakeCommand":
-        from edge_agent.link.commands import (
-            CommandGate,
-        )  # brings cryptography: 8 MB that a device that only serves saves
+        # Here, since it brings cryptography: 8 MB that a device that only serves saves.
+        from edge_agent.link.commands import CommandGate
 
         gate = CommandGate(
             self._settings.state_dir / "sequence.json",
@@ -102,8 +102,10 @@ class TrainingDesk:
             poll_interval_s=command.poll_interval_ms / 1000,
             idle_timeout_s=command.idle_timeout_s,
             epsilon_limit=settings.privacy.epsilon_limit,
+            total_epsilon_limit=settings.privacy.total_limit,
             delta=settings.privacy.delta,
             noise_multiplier_limit=settings.privacy.noise_multiplier_limit,
+            ledger_copy=command.ledger,
         )
 
     def _take_line(self, run: str, line: bytes) -> None:
@@ -113,8 +115,8 @@ class TrainingDesk:
             self._reporter.ignored += 1
             return
         if kind := _EVENTS.get(event.event):
-            self._reporter.tell(kind, event.message, run=run, round_number=event.round)
-        else:  # the coordinator sees the update itself; here the owner does
+            self._reporter.tell(kind, event.message, run=run, round_number=event.round, ledger=event.ledger)
+        if event.epsilon is not None:
             log.info("%s; epsilon %s in all", event.message, event.epsilon)
 
     def _note_exit(self, run: str, problem: str | None) -> None:

@@ -10,6 +10,7 @@ from typing import Protocol
 from fl_server import commands
 from fl_server.config import CONFIG_NAME
 from fl_server.errors import ServerError, UsageError
+from fl_server.rounds.rule import RULE_NAMES
 from models.contract.errors import ContractError
 from models.contract.settings import SettingsError
 
@@ -30,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_package(subparsers)
     _add_release(subparsers)
     _add_train(subparsers)
+    _add_simulate(subparsers)
     _add_demo(subparsers)
     return parser
 
@@ -133,6 +135,12 @@ def _add_release(subparsers: _Subparsers) -> None:
 def _add_train(subparsers: _Subparsers) -> None:
     parser = _add_with_config(subparsers, "train", "train a model on the devices' own data, in private")
     parser.add_argument("model", metavar="MODEL", help="as its [models.NAME] section names it")
+    _add_plan(parser)
+    _add_following(parser)
+    parser.set_defaults(execute=commands.run_train)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=10, help="rounds of the run (default: %(default)s)")
     decimals = {
         "epsilon": ("8", "privacy loss of the whole run, at most"),
@@ -151,9 +159,43 @@ def _add_train(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--optimizer", choices=("sgd", "adam"), default="sgd", help="of the devices (default: %(default)s)"
     )
+    parser.add_argument(
+        "--aggregation", choices=RULE_NAMES, default="mean", help="what makes one step of all updates (default: mean)"
+    )
+    parser.add_argument(
+        "--byzantine", type=int, default=0, metavar="N", help="hostile devices that the aggregation is to withstand"
+    )
+    parser.add_argument(
+        "--uplink", choices=("float32", "int8"), default="float32", help="how updates travel (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=int, default=5, help="DP-SGD steps a device makes in a round (default: 5)")
-    _add_following(parser)
-    parser.set_defaults(execute=commands.run_train)
+
+
+def _add_simulate(subparsers: _Subparsers) -> None:
+    parser = _add(subparsers, "simulate", "the same rounds with virtual devices, to find out what a plan is worth")
+    parser.add_argument("definition", metavar="FILE.py:NAME", help="or package.module:NAME")
+    parser.add_argument("--train", type=Path, required=True, metavar="DIR", help="one npz of x and y a device")
+    parser.add_argument(
+        "--test", type=Path, required=True, metavar="DIR", help="the same, measured and never trained on"
+    )
+    parser.add_argument(
+        "--unit", choices=("sample",), default="sample", help="what is protected (default: %(default)s)"
+    )
+    _add_plan(parser)
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="S",
+        help="repeats a run bit by bit, without privacy (default: the system's entropy)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("inline", "ray"),
+        default="inline",
+        help="a process a core, or Flower's simulation engine (extra: simulation); default: %(default)s",
+    )
+    parser.add_argument("--report", type=Path, required=True, metavar="FILE.json", help="what was measured")
+    parser.set_defaults(execute=commands.run_simulate)
 
 
 def _add_demo(subparsers: _Subparsers) -> None:

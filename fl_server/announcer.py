@@ -33,7 +33,11 @@ class Announcer:
         poll_interval_s = choose_poll_interval_s(devices=len(spec.devices), budget_per_s=self._rounds.poll_budget_per_s)
         for device_id in sorted(online.intersection(device_ids)):
             command = self._orders.build_wake(
-                spec, device_id, poll_interval_s=poll_interval_s, idle_timeout_s=self._rounds.idle_timeout_s
+                spec,
+                device_id,
+                poll_interval_s=poll_interval_s,
+                idle_timeout_s=self._rounds.idle_timeout_s,
+                ledger=self._roster.get_ledger(device_id),
             )
             await self._publish(build_device_topic(spec.fleet, device_id, Channel.COMMAND), command)
 

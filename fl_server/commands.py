@@ -14,8 +14,9 @@ from fl_server.fleet.enrolment import Federation, enroll_device
 from fl_server.fleet.roster import Device, Roster
 from fl_server.jobs import Job, Jobs, JobState, ReleaseRequest, Request, TrainRequest
 from fl_server.lock import holding_lock, is_locked
+from fl_server.rounds.rule import Aggregation
 from models.contract.manifest import MANIFEST_NAME, ModelManifest
-from models.contract.privacy import TrainingPlan
+from models.contract.privacy import TrainingPlan, Unit
 
 POLL_INTERVAL_S = 0.2  # of a job that is followed
 
@@ -151,9 +152,37 @@ def run_train(arguments: Namespace) -> None:
     if arguments.model not in settings.models:
         known = ", ".join(sorted(settings.models)) or "none"
         raise UsageError(f"{arguments.config}: there is no section [models.{arguments.model}]; models here: {known}")
+    request = _build_train_request(arguments, arguments.model)
+    with Roster(directory.database_path) as roster:
+        enrolled = sum(device.revoked_at is None for device in roster.list_devices())
     try:
-        request = TrainRequest(
-            model=arguments.model,
+        request.aggregation.check_fits(Unit.SAMPLE, devices=enrolled)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    _enqueue(arguments, directory, request)
+
+
+def run_simulate(arguments: Namespace) -> None:
+    from fl_server.packaging.definitions import load_definition
+    from fl_server.simulation.command import simulate
+
+    definition = load_definition(arguments.definition)
+    simulate(
+        definition,
+        _build_train_request(arguments, definition.name),
+        train_dir=arguments.train,
+        test_dir=arguments.test,
+        seed=arguments.seed,
+        engine=arguments.engine,
+        report_path=arguments.report,
+    )
+
+
+def _build_train_request(arguments: Namespace, model: str) -> TrainRequest:
+    try:
+        return TrainRequest(
+            model=model,
+            aggregation=Aggregation(rule=arguments.aggregation, byzantine=arguments.byzantine),
             epsilon=arguments.epsilon,
             delta=arguments.delta,
             sampling_rate=arguments.sampling_rate,
@@ -166,11 +195,11 @@ def run_train(arguments: Namespace) -> None:
                 momentum=arguments.momentum,
                 optimizer=arguments.optimizer,
                 proximal_mu=arguments.proximal_mu,
+                uplink=arguments.uplink,
             ),
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    _enqueue(arguments, directory, request)
 
 
 def run_demo(arguments: Namespace) -> None:

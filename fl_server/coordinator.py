@@ -21,11 +21,12 @@ from fl_server.config import ServerSettings
 from fl_server.directory import Directory
 from fl_server.errors import RunError, ServerError
 from fl_server.fleet.mqtt import Connected, Disconnected, FromDevice, Link, LinkError
-from fl_server.fleet.roster import Roster
+from fl_server.fleet.roster import Roster, RosterError
 from fl_server.jobs import Job, Jobs, JobState, ReleaseRequest
 from fl_server.orders import Orders
 from fl_server.release import ReleaseResult, Releases
 from fl_server.rollout.keys import load_key
+from fl_server.spent import recover_spent
 from fl_server.superlink import SuperLink, check_port_free
 from fl_server.training_run import RunResult, Services, TrainingRun
 from models.contract.encoding import build_json
@@ -51,6 +52,7 @@ def run(settings: ServerSettings, directory: Directory) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # dp-accounting tells each RDP order that it leaves out
     with Roster(directory.database_path) as roster, Jobs(directory.database_path) as jobs:
         check_port_free(settings.superlink)
+        recover_spent(roster, directory.runs_dir)
         asyncio.run(_serve(settings, directory, roster, jobs))
 
 
@@ -142,6 +144,7 @@ class Coordinator:
             case Telemetry():
                 self._roster.save_telemetry(device_id, document)
             case Event():
+                self._keep_ledger(device_id, document)
                 if self._roster.save_event(device_id, document):
                     logger.info("%s: %s %s", device_id, document.kind, document.message)
                     if self._run:
@@ -149,6 +152,14 @@ class Coordinator:
                 topic = build_device_topic(self._settings.fleet, device_id, Channel.ACK)
                 with contextlib.suppress(LinkError):  # the device sends it again
                     await self._link.publish(topic, build_json(Ack(ids=(document.id,))))
+
+    def _keep_ledger(self, device_id: str, event: Event) -> None:
+        if event.ledger is None or event.run is None:
+            return
+        try:
+            self._roster.save_ledger(device_id, event.ledger, run=event.run, round_number=event.round or 0)
+        except RosterError as error:  # the event itself is kept: told again it would be no better
+            logger.warning("%s", error)
 
     async def _work(self) -> None:
         while True:

@@ -10,6 +10,7 @@ from typing import Self
 
 from fl_server.database import open_database
 from fl_server.errors import ServerError
+from fl_server.rounds.rule import MEAN, Aggregation
 from models.contract.encoding import build_json, parse_json
 from models.contract.privacy import TrainingPlan
 from models.contract.topics import check_name
@@ -52,7 +53,7 @@ class ReleaseRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainRequest:
-    """Train the champion of `model` in rounds, within epsilon; fields as in the privacy and training plans."""
+    """Train the champion of `model` in rounds, within epsilon; fields as in the plans and in the run."""
 
     model: str
     epsilon: Decimal
@@ -60,6 +61,7 @@ class TrainRequest:
     sampling_rate: Decimal
     clipping_norm: Decimal
     training: TrainingPlan
+    aggregation: Aggregation = MEAN
 
     def __post_init__(self) -> None:
         check_name(self.model, "model")

@@ -7,6 +7,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fl_server.rounds.run import RunSpec
 from models.contract.envelope import EVERYONE, RunNotice, WakeCommand, build_envelope
+from models.contract.ledger import LedgerHead
 
 WAKE_LIFETIME_S = 60  # a device that hears of it later is woken again when it says that it is online
 _JOIN_ALLOWANCE_S = 3600  # restarts of coordinator or SuperLink, on top of the rounds' deadlines
@@ -39,8 +40,13 @@ class Orders:
             self._key,
         )
 
-    def build_wake(self, spec: RunSpec, device_id: str, *, poll_interval_s: float, idle_timeout_s: int) -> bytes:
-        """Return the command that lets a device start its training process for the run."""
+    def build_wake(
+        self, spec: RunSpec, device_id: str, *, poll_interval_s: float, idle_timeout_s: int, ledger: LedgerHead
+    ) -> bytes:
+        """Return the command that lets a device start its training process for the run.
+
+        `ledger` is the copy of the device's, which one that was reinstalled needs.
+        """
         now_s = int(time.time())
         return build_envelope(
             WakeCommand(
@@ -53,6 +59,7 @@ class Orders:
                 run=spec.run,
                 poll_interval_ms=math.ceil(1000 * poll_interval_s),
                 idle_timeout_s=idle_timeout_s,
+                ledger=ledger,
             ),
             self._key,
         )

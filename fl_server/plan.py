@@ -5,12 +5,14 @@ from decimal import ROUND_UP, Decimal
 
 from fl_server.config import ServerSettings
 from fl_server.directory import Directory
+from fl_server.errors import UsageError
 from fl_server.jobs import TrainRequest
 from fl_server.privacy.calibration import build_privacy_plan
 from fl_server.rounds.run import RunSpec
 from models.contract.manifest import TRAIN_STEP_NAME, ModelManifest
 from models.contract.privacy import ADAM_DECAYS, PrivacyPlan, TrainingPlan
 from models.tensors.layout import Layout
+from models.tensors.uplink import STRETCH_MAX
 
 _ROUNDING = Decimal("1.001")  # float32, on a bound that can be met exactly
 NORM_ALLOWANCE = 8.0  # an honest step may draw some times the expected batch
@@ -38,9 +40,9 @@ def build_spec(
         directory: The coordinator's.
 
     Raises:
-        UsageError: No noise keeps the budget.
+        UsageError: No noise keeps the budget, or the devices are too few for the rule of aggregation.
     """
-    training = request.training
+    training, aggregation = request.training, request.aggregation
     privacy = build_privacy_plan(
         clipping_norm=request.clipping_norm,
         sampling_rate=request.sampling_rate,
@@ -49,6 +51,10 @@ def build_spec(
         steps=training.steps,
         rounds=training.rounds,
     )
+    try:
+        aggregation.check_fits(privacy.unit, devices=len(devices))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return RunSpec(
         fleet=settings.fleet,
         model=request.model,
@@ -58,7 +64,7 @@ def build_spec(
         privacy=privacy,
         training=training,
         devices=devices,
-        quorum=math.ceil(settings.rounds.quorum * len(devices)),
+        quorum=max(math.ceil(settings.rounds.quorum * len(devices)), aggregation.least_updates),
         deadline_s=settings.rounds.deadline_s,
         join_timeout_s=settings.rounds.join_timeout_s,
         superlink=settings.superlink.address,
@@ -66,6 +72,7 @@ def build_spec(
         superexec_secret_path=str(directory.superexec_secret_path),
         order_key_path=str(directory.order_key_path),
         update_norm_limit=compute_norm_limit(privacy, training, layout.size),
+        aggregation=aggregation,
     )
 
 
@@ -75,15 +82,17 @@ def compute_norm_limit(privacy: PrivacyPlan, training: TrainingPlan, size: int) 
     A step of SGD moves by its sum of clipped gradients plus noise of standard deviation z * C in each parameter,
     divided by the expected batch; momentum stretches what it moves by 1 / (1 - momentum) at most, and FedProx only
     shortens it. A step of Adam moves each parameter by a bounded share of the learning rate, whatever the gradient.
+    Rounding to int8 stretches an update by a bounded share, too.
     """
+    stretch = STRETCH_MAX if training.uplink == "int8" else 1.0
     if training.optimizer == "adam":
         ratios = (_bound_adam_ratio(t) for t in range(1, training.steps + 1))
-        limit = float(training.learning_rate) * math.sqrt(size) * sum(ratios)
+        limit = stretch * float(training.learning_rate) * math.sqrt(size) * sum(ratios)
         return (Decimal(limit) * _ROUNDING).quantize(Decimal("0.000001"), rounding=ROUND_UP)
     clipping_norm, expected_batch = float(privacy.clipping_norm), float(training.expected_batch)
     signal = NORM_ALLOWANCE * clipping_norm
     noise = 2 * float(privacy.noise_multiplier) * clipping_norm * math.sqrt(size) / expected_batch
-    step = float(training.learning_rate) * (signal + noise) / (1 - float(training.momentum))
+    step = stretch * float(training.learning_rate) * (signal + noise) / (1 - float(training.momentum))
     return Decimal(training.steps * step).quantize(Decimal("0.000001"), rounding=ROUND_UP)
 
 

@@ -20,7 +20,7 @@ from edge_agent.http.answers import PROMETHEUS, Answer, MethodError, answer_fail
 from edge_agent.http.connection import Request
 from edge_agent.http.datatypes import Array
 from edge_agent.http.guard import Guard
-from edge_agent.http.inference import Inference
+from edge_agent.http.inference import HttpCall, Inference
 from edge_agent.http.ports import Models
 from edge_agent.http.samples import parse_feedback, parse_rows, parse_samples
 
@@ -67,7 +67,14 @@ class _Route:
 
 
 class App:
-    """One instance answers on all sockets."""
+    """One instance answers on all sockets.
+
+    Attributes:
+        device: What it shows to the outside.
+        guard: Who may ask what.
+        inference: What answers inference requests.
+        is_draining: Whether it is ready no more.
+    """
 
     def __init__(self, device: Device, *, host: str, token: str | None = None) -> None:
         """Prepare the application.
@@ -77,14 +84,17 @@ class App:
             host: The configured address, accepted in `Host` beside the loopback's names.
             token: What lets a caller over TCP do what the Unix socket allows; None for nothing.
         """
-        self._device = device
-        self._guard = Guard(host, token)
-        self._inference = Inference(
-            device.models, record_latency=device.record_latency, record_failure=device.record_failure
+        self.device = device
+        self.guard = Guard(host, token)
+        self.inference = Inference(
+            device.models,
+            record_latency=device.record_latency,
+            record_failure=device.record_failure,
+            remember=device.remember,
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._known: dict[bytes, _Route] = {}
-        self._is_draining = False
+        self.is_draining = False
         self._routes: Final = {
             "v2": _Route("GET", self._get_server),
             "v2/health/live": _Route("GET", self._get_live),
@@ -117,11 +127,11 @@ class App:
 
     def drain(self) -> None:
         """Be ready no more; what comes is still answered."""
-        self._is_draining = True
+        self.is_draining = True
 
     def _find_handler(self, request: Request) -> _Handler:
         if not request.is_local:
-            self._guard.check_sender(request.head.headers)
+            self.guard.check_sender(request.head.headers)
         route = self._known.get(request.head.target)
         if route is None:
             path = _parse_path(request.head.target)
@@ -130,7 +140,7 @@ class App:
                 self._known.clear()
             self._known[request.head.target] = route
         if route.is_owners and not request.is_local:
-            self._guard.check_owner(request.head.headers)
+            self.guard.check_owner(request.head.headers)
         method = "GET" if request.head.method == b"HEAD" else request.head.method.decode("ascii")
         if method != route.method:
             raise MethodError(_parse_path(request.head.target), method, route.method)
@@ -142,7 +152,7 @@ class App:
     def _route(self, path: str) -> _Route:
         if route := self._routes.get(path[1:]):
             return route
-        models = self._device.models
+        models = self.device.models
         match path.split("/")[1:]:
             case ["v2", "models", name, "versions", version, *rest]:
                 return self._route_model(path, name, version, rest)
@@ -171,42 +181,42 @@ class App:
         raise _build_not_found(path)
 
     def _infer(self, name: str, version: str | None, request: Request) -> None:
-        self._inference.begin(request, name, version, self._device.remember)
+        self.inference.begin(HttpCall(request), name, version)
 
     def _get_server(self, _request: Request) -> Answer:
-        return answer_json(describe.describe_server(self._device.agent_version))
+        return answer_json(describe.describe_server(self.device.agent_version))
 
     def _get_live(self, _request: Request) -> Answer:
         return answer_json({"live": True})
 
     def _get_ready(self, _request: Request) -> Answer:
-        is_ready = self._device.models.is_ready() and not self._is_draining
+        is_ready = self.device.models.is_ready() and not self.is_draining
         return answer_json({"ready": is_ready}, status=200 if is_ready else 503)
 
     def _get_model_ready(self, name: str, version: str | None, _request: Request) -> Answer:
-        self._device.models.select(name, version)
-        is_ready = not self._is_draining
+        self.device.models.select(name, version)
+        is_ready = not self.is_draining
         return answer_json({"name": name, "ready": is_ready}, status=200 if is_ready else 503)
 
     def _get_model_metadata(self, name: str, version: str | None, _request: Request) -> Answer:
-        manifest = self._device.models.select(name, version).manifest
-        versions = [model.version for model in self._device.models.list_models()]
+        manifest = self.device.models.select(name, version).manifest
+        versions = [model.version for model in self.device.models.list_models()]
         return answer_json(describe.describe_model(manifest, versions))
 
     def _get_model_config(self, name: str, version: str | None, _request: Request) -> Answer:
-        manifest = self._device.models.select(name, version).manifest
+        manifest = self.device.models.select(name, version).manifest
         return answer_json(describe.describe_config(manifest, max_rows=oip.ROWS_MAX))
 
     def _get_model_statistics(self, name: str, version: str | None, _request: Request) -> Answer:
-        chosen = self._device.models.select(name, version)
-        models = self._device.models.list_models() if version is None else [chosen]
+        chosen = self.device.models.select(name, version)
+        models = self.device.models.list_models() if version is None else [chosen]
         return answer_json(describe.describe_statistics(models))
 
     def _get_all_statistics(self, _request: Request) -> Answer:
-        return answer_json(describe.describe_statistics(self._device.models.list_models()))
+        return answer_json(describe.describe_statistics(self.device.models.list_models()))
 
     def _post_index(self, _request: Request) -> Answer:
-        models = self._device.models
+        models = self.device.models
         return answer_json(describe.describe_repository(models.name, models.list_models()))
 
     async def _change_repository(self, change: Callable[[str], None], name: str, _request: Request) -> Answer:
@@ -215,24 +225,24 @@ class App:
 
     async def _post_samples(self, request: Request) -> Answer:
         samples = parse_samples(request.body)
-        return answer_json({"ids": await asyncio.to_thread(self._device.add_samples, samples)})  # waits for the disk
+        return answer_json({"ids": await asyncio.to_thread(self.device.add_samples, samples)})  # waits for the disk
 
     async def _post_feedback(self, request: Request) -> Answer:
         request_id, target = parse_feedback(request.body)
-        return answer_json({"ids": await asyncio.to_thread(self._device.add_feedback, request_id, target)})
+        return answer_json({"ids": await asyncio.to_thread(self.device.add_feedback, request_id, target)})
 
     async def _post_rows(self, request: Request) -> Answer:
         rows = parse_rows(request.body)
-        return Answer(oip.build_tensors(await asyncio.to_thread(self._device.build_inputs, rows)))
+        return Answer(oip.build_tensors(await asyncio.to_thread(self.device.build_inputs, rows)))
 
     def _get_status(self, _request: Request) -> Answer:
-        return answer_json(self._device.get_status())
+        return answer_json(self.device.get_status())
 
     async def _get_privacy(self, _request: Request) -> Answer:
-        return answer_json(await asyncio.to_thread(self._device.get_privacy))
+        return answer_json(await asyncio.to_thread(self.device.get_privacy))
 
     def _get_metrics(self, _request: Request) -> Answer:
-        return Answer(self._device.get_metrics().encode(), content_type=PROMETHEUS)
+        return Answer(self.device.get_metrics().encode(), content_type=PROMETHEUS)
 
     def _get_description(self, _request: Request) -> Answer:
         return Answer(resources.files("edge_agent.http").joinpath("openapi.json").read_bytes())

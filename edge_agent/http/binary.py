@@ -122,8 +122,7 @@ def parse_array(data: memoryview, datatype: str, shape: Sequence[int], name: str
     expected_bytes = math.prod(shape) * dtype.itemsize
     if len(data) != expected_bytes:
         raise RequestError(
-            f"input {name!r:.80}: {datatype} of shape {list(shape)!s:.200} has {expected_bytes} bytes, "
-            f"binary_data_size is {len(data)}"
+            f"input {name!r:.80}: {datatype} of shape {list(shape)!s:.200} has {expected_bytes} bytes, got {len(data)}"
         )
     if datatype == "BOOL" and np.frombuffer(data, np.uint8).max() > 1:
         raise RequestError(f"input {name!r:.80}: expected bytes 0 and 1 as BOOL, got another")

@@ -28,10 +28,14 @@ class Guard:
         self._welcome: set[bytes] = set()  # `Host` as it has been found good; one port a name is the rule
         self._bearer = None if token is None else f"bearer {token}".encode()
 
+    @property
+    def has_token(self) -> bool:
+        """Whether anybody over TCP could pass for the owner."""
+        return self._bearer is not None
+
     def check_sender(self, headers: Mapping[bytes, bytes]) -> None:
         """Refuse what a web page sends: it carries an Origin, or, after DNS rebinding, a foreign Host."""
-        if b"origin" in headers:
-            raise RequestError("requests of web pages (header Origin) are refused", status=403)
+        check_origin(headers)
         host = headers.get(b"host", b"")
         if host in self._welcome:
             return
@@ -50,6 +54,12 @@ class Guard:
                 "this answers on the Unix socket, and over TCP to the bearer of the token in the state directory",
                 status=401,
             )
+
+
+def check_origin(headers: Mapping[bytes, bytes]) -> None:
+    """Refuse what a web page sends without more ado."""
+    if b"origin" in headers:
+        raise RequestError("requests of web pages (header Origin) are refused", status=403)
 
 
 def load_token(path: Path) -> str:

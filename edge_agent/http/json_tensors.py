@@ -46,12 +46,27 @@ def parse_data(data: msgspec.Raw, datatype: str, shape: Sequence[int], name: str
     """
     if datatype in BINARY_ONLY:
         raise RequestError(f"input {name!r:.80}: expected {datatype} as binary data: JSON has no such numbers")
-    dtype = DTYPES[datatype]
     try:
-        values = _parse_values(data, dtype.kind)
+        values = _parse_values(data, DTYPES[datatype].kind)
     except DECODE_ERRORS as error:
         what = "strings" if datatype == BYTES else f"{datatype} numbers"
         raise RequestError(f"input {name!r:.80}: data must be a list of {what}: {error}") from error
+    return build_tensor(values, datatype, shape, name)
+
+
+def build_tensor(values: Sequence[Any], datatype: str, shape: Sequence[int], name: str) -> Array:
+    """Return the tensor of `values`, Python's own of the right kind.
+
+    Args:
+        values: In row-major order.
+        datatype: As the protocol names it, known, and not one that has no such values.
+        shape: Lengths >= 1.
+        name: Of the input, for the error.
+
+    Raises:
+        RequestError: Not that many values, or one is beyond what the datatype holds.
+    """
+    dtype = DTYPES[datatype]
     if len(values) != math.prod(shape):
         raise RequestError(
             f"input {name!r:.80}: shape {list(shape)} has {math.prod(shape)} values, data has {len(values)}"
@@ -84,7 +99,7 @@ def _parse_values(data: msgspec.Raw, kind: str) -> list[Any]:
     return msgspec.convert(values, _ELEMENTS[kind])
 
 
-def _build_floats(values: list[float], dtype: np.dtype[Any], name: str) -> Array:
+def _build_floats(values: Sequence[float], dtype: np.dtype[Any], name: str) -> Array:
     if dtype.itemsize == 8:
         return np.array(values, dtype)
     try:
@@ -94,7 +109,7 @@ def _build_floats(values: list[float], dtype: np.dtype[Any], name: str) -> Array
     return np.frombuffer(data, dtype)
 
 
-def _build_integers(values: list[int], dtype: np.dtype[Any], name: str) -> Array:
+def _build_integers(values: Sequence[int], dtype: np.dtype[Any], name: str) -> Array:
     if dtype == np.uint64 and not (min(values) >= 0 and max(values) < 2**64):  # NumPy 1 wraps what is negative
         raise _build_beyond(dtype, name)
     try:

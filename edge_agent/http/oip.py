@@ -4,7 +4,7 @@ https://github.com/kserve/open-inference-protocol/blob/main/specification/protoc
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,11 +168,7 @@ def build_infer_response(
     Raises:
         RequestError: An output was asked for that the model does not have, or FP16 as JSON.
     """
-    wanted = request.outputs
-    if not wanted:
-        wanted = {spec.name: request.is_binary for spec in manifest.outputs}
-    elif unknown := [name for name in wanted if name not in outputs]:
-        raise RequestError(f"output {unknown[0]!r:.80}: expected one of {', '.join(map(repr, outputs))}")
+    wanted = choose_outputs(manifest, request)
     parts = {name: build_array(outputs[name]) for name, is_binary in wanted.items() if is_binary}
     if len(parts) == len(wanted) and not feedback_id:
         lengths = tuple(
@@ -193,6 +189,41 @@ def build_infer_response(
     return InferResponse(b"".join((text, *parts.values())), len(text)) if parts else InferResponse(text)
 
 
+def choose_outputs(manifest: ModelManifest, request: InferRequest) -> dict[str, bool]:
+    """Return which outputs are wanted, and whether as binary data; raises RequestError for one that there is not."""
+    names = [spec.name for spec in manifest.outputs]
+    if unknown := [name for name in request.outputs if name not in names]:
+        raise RequestError(f"output {unknown[0]!r:.80}: expected one of {', '.join(map(repr, names))}")
+    return request.outputs or dict.fromkeys(names, request.is_binary)
+
+
+def check_head(request_id: str, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Raise RequestError if a request has too long an id, or too many inputs or outputs, or one of them twice.
+
+    Args:
+        request_id: The caller's own.
+        inputs: Names.
+        outputs: Names of those wanted.
+    """
+    if len(inputs) > TENSORS_MAX or len(outputs) > TENSORS_MAX:
+        raise RequestError(f"expected at most {TENSORS_MAX} inputs and {TENSORS_MAX} outputs")
+    if len(request_id) > ID_MAX_CHARACTERS:
+        raise RequestError(f"id: expected at most {ID_MAX_CHARACTERS} characters, got {len(request_id)}")
+    if len(set(inputs)) != len(inputs):
+        raise RequestError("expected each input once, got a name twice")
+
+
+def check_tensor(name: str, datatype: str, shape: Sequence[int]) -> None:
+    """Raise RequestError if an input of this name is of no known datatype, or of no shape that is taken."""
+    if datatype not in DTYPES and datatype != BF16:
+        expected = ", ".join((*DTYPES, BF16))
+        raise RequestError(f"input {name!r:.80}: expected a datatype of {expected}, got {datatype!r:.80}")
+    if not 1 <= len(shape) <= AXES_MAX or min(shape) < 1:
+        raise RequestError(f"input {name!r:.80}: expected a shape of 1 to {AXES_MAX} lengths >= 1, got {shape!s:.80}")
+    if shape[0] > ROWS_MAX:
+        raise RequestError(f"input {name!r:.80}: expected at most {ROWS_MAX} rows, got {shape[0]}", status=413)
+
+
 def build_tensors(inputs: Mapping[str, Array]) -> bytes:
     """Return `inputs` as a request has them, in a document of their own."""
     return _ENCODER.encode({"inputs": [_build_tensor(name, array) for name, array in inputs.items()]})
@@ -205,14 +236,9 @@ def _parse_head(text: bytes | bytearray | memoryview) -> _Head:
         raise RequestError(
             f'expected {{"inputs": [{{"name", "shape", "datatype", "data"}}]}} as JSON in UTF-8: {error}'
         ) from error
-    if len(request.inputs) > TENSORS_MAX or len(request.outputs) > TENSORS_MAX:
-        raise RequestError(f"expected at most {TENSORS_MAX} inputs and {TENSORS_MAX} outputs")
-    if len(request.id) > ID_MAX_CHARACTERS:
-        raise RequestError(f"id: expected at most {ID_MAX_CHARACTERS} characters, got {len(request.id)}")
+    check_head(request.id, [tensor.name for tensor in request.inputs], [output.name for output in request.outputs])
     for tensor in request.inputs:
         _check_input(tensor)
-    if len({tensor.name for tensor in request.inputs}) != len(request.inputs):
-        raise RequestError("expected each input once, got a name twice")
     said = request.parameters or _RequestParameters()
     outputs = {output.name: _is_binary(output, default=said.binary_data_output) for output in request.outputs}
     key = str(said.sequence_id or request.id)
@@ -230,16 +256,9 @@ def _is_binary(output: _Output, *, default: bool) -> bool:
 
 
 def _check_input(tensor: _Input) -> None:
-    name, datatype, shape = tensor.name, tensor.datatype, tensor.shape
-    if datatype not in DTYPES and datatype != BF16:
-        expected = ", ".join((*DTYPES, BF16))
-        raise RequestError(f"input {name!r:.80}: expected a datatype of {expected}, got {datatype!r:.80}")
-    if not 1 <= len(shape) <= AXES_MAX or min(shape) < 1:
-        raise RequestError(f"input {name!r:.80}: expected a shape of 1 to {AXES_MAX} lengths >= 1, got {shape!s:.80}")
-    if shape[0] > ROWS_MAX:
-        raise RequestError(f"input {name!r:.80}: expected at most {ROWS_MAX} rows, got {shape[0]}", status=413)
+    check_tensor(tensor.name, tensor.datatype, tensor.shape)
     if (tensor.size_bytes is None) != bool(tensor.data):
-        raise RequestError(f"input {name!r:.80}: expected either data or the parameter binary_data_size")
+        raise RequestError(f"input {tensor.name!r:.80}: expected either data or the parameter binary_data_size")
 
 
 def _parse_values(tensor: _Input, binary: BinaryPart) -> Array:

@@ -1,7 +1,10 @@
 """Private training on one device: DP-SGD around the signed step graph.
 
 The graph clips each sample's gradient and sums; what is here draws the batch, adds the noise, and steps.
-Nothing that depends on a sample is rounded, counted or divided by before the noise is on it.
+Nothing that depends on a sample is counted or divided by before the noise is on it.
+
+The noise stands for a little more than the clipping norm: for what a sample may exceed it by through float32 rounding
+in the graph's norms and sums, which the check on load allows as well, and through rounding to the noise's grid.
 
 Source:
     Abadi et al. 2016, "Deep Learning with Differential Privacy", arXiv:1607.00133, Algorithm 1, with
@@ -18,8 +21,9 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from edge_agent.errors import StalledError
+from edge_agent.training.noise import GRID_SLACK, add_on_grid, build_grid
 from edge_agent.training.optimizers import build_optimizer
-from edge_agent.training.sensitivity import ROWS, check_sensitivity, random_rows
+from edge_agent.training.sensitivity import ROWS, TOLERANCE, check_sensitivity, random_rows
 from models.contract.encoding import build_digest
 from models.contract.manifest import TRAIN_STEP_NAME, ModelManifest
 from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
@@ -31,6 +35,8 @@ _Array: TypeAlias = npt.NDArray[Any]
 
 Noise: TypeAlias = Callable[[int, float], _Floats]  # count, standard deviation -> shape (count,)
 Sampler: TypeAlias = Callable[[int, Decimal], npt.NDArray[np.bool_]]  # count, rate -> shape (count,)
+
+_SENSITIVITY = 1 + TOLERANCE + GRID_SLACK  # of a step's sum to one sample at most, in clipping norms
 
 
 class StepGraph:
@@ -62,14 +68,9 @@ class StepGraph:
         self._check_ends()
         self._check_clips(np.random.default_rng())
 
-    def clipped_sum(
-        self, x: _Array, y: _Array, clipping_norm: float, parameters: Vector, noise: _Floats | None = None
-    ) -> _Floats:
-        """Return the sum of the samples' clipped gradients, of any number of rows, flat, float64.
-
-        It is summed onto `noise`, an array that is overwritten; without it there is none.
-        """
-        total = np.zeros(self.size) if noise is None else noise
+    def clipped_sum(self, x: _Array, y: _Array, clipping_norm: float, parameters: Vector) -> _Floats:
+        """Return the sum of the samples' clipped gradients, of any number of rows, flat, float64."""
+        total = np.zeros(self.size)
         layout, batch = self._contract.layout, self._contract.batch
         feeds = {"clipping_norm": np.asarray(clipping_norm, np.float32), **layout.unflatten(parameters)}
         totals = list(layout.unflatten(total).values())
@@ -182,13 +183,15 @@ def local_training(
     """
     check_supported(privacy)
     clipping_norm = float(privacy.clipping_norm)
-    standard_deviation = float(privacy.noise_multiplier * privacy.clipping_norm)
+    standard_deviation = float(privacy.noise_multiplier) * clipping_norm * _SENSITIVITY
+    grid = build_grid(step.size, clipping_norm)
     optimizer = build_optimizer(training, step.size)
     pull = np.float32(training.proximal_mu * training.expected_batch)
     moved, current, noised = np.zeros_like(parameters), parameters.copy(), np.empty_like(parameters)
     for _ in range(training.steps):
         drawn = np.flatnonzero(sampler(len(x), privacy.sampling_rate))
-        total = step.clipped_sum(x[drawn], y[drawn], clipping_norm, current, noise(step.size, standard_deviation))
+        total = step.clipped_sum(x[drawn], y[drawn], clipping_norm, current)
+        add_on_grid(total, noise(step.size, standard_deviation), grid)
         np.copyto(noised, total, casting="same_kind")
         if pull:
             np.add(noised, pull * moved, out=noised)

@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Literal
 
 from models.contract.encoding import build_json, parse_json
+from models.contract.ledger import LedgerHead
 from models.contract.topics import check_name
 
 
@@ -22,8 +23,10 @@ class TrainingJob:
         samples_path: The device's private samples.
         training_dir: Where ledger and stored updates live.
         epsilon_limit: The owner's largest total epsilon for this model, over all runs; > 0.
-        delta: The owner's delta, at which that total is stated; (0, 1).
+        total_epsilon_limit: The owner's largest total epsilon over all models; > 0.
+        delta: The owner's delta, at which these totals are stated; (0, 1).
         noise_multiplier_limit: The owner's least noise multiplier; >= 0.
+        ledger_copy: What the coordinator says that this device has spent; None if it says nothing.
     """
 
     device_id: str
@@ -40,16 +43,19 @@ class TrainingJob:
     poll_interval_s: float
     idle_timeout_s: float
     epsilon_limit: Decimal
+    total_epsilon_limit: Decimal
     delta: Decimal
     noise_multiplier_limit: Decimal
+    ledger_copy: LedgerHead | None = None
 
     def __post_init__(self) -> None:
         check_name(self.device_id, "device id")
         check_name(self.fleet, "fleet")
         check_name(self.model, "model")
         check_name(self.run, "run")
-        if not (self.epsilon_limit.is_finite() and self.epsilon_limit > 0):
-            raise ValueError(f"epsilon_limit is {self.epsilon_limit}, must be finite and > 0")
+        for name, limit in (("epsilon", self.epsilon_limit), ("total_epsilon", self.total_epsilon_limit)):
+            if not (limit.is_finite() and limit > 0):
+                raise ValueError(f"{name}_limit is {limit}, must be finite and > 0")
         if not 0 < self.delta < 1:
             raise ValueError(f"delta is {self.delta}, must be in (0, 1)")
         if not (self.noise_multiplier_limit.is_finite() and self.noise_multiplier_limit >= 0):
@@ -68,12 +74,15 @@ class TrainingEvent:
             an order that is not acted on; ended: the process ends.
         message: One line for a person.
         epsilon: Spent in total on this model, a decimal number.
+        round: It is about; of "joined" the last that was charged in the run, 0 before the first.
+        ledger: What the ledger comes to; of "trained", told before the update leaves, and of "joined".
     """
 
     event: Literal["joined", "trained", "resent", "refused", "order_refused", "ended"]
     message: str
     round: int | None = None
     epsilon: str | None = None
+    ledger: LedgerHead | None = None
 
 
 def build_job(job: TrainingJob) -> bytes:

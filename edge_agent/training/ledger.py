@@ -2,104 +2,32 @@
 
 A spend is on the disk before anything that it pays for may leave: at every crash the ledger's epsilon is
 at least the true one. A last line without its newline was never promised to anybody and is cut off; any
-other damage stops training until a person looks.
+other damage stops training until a person looks. A ledger that is absent, as after a reinstall, is taken from
+the coordinator's copy: without one nothing is charged, and so nothing trained.
 """
 
 import errno
 import fcntl
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from decimal import ROUND_CEILING, Context, Decimal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 import msgspec
 
 from edge_agent.errors import StalledError, TransientError
-from edge_agent.training.accountant import Phase, compute_epsilon
+from edge_agent.training.budget import Entry, Limits, Spend, compute_total, count_spent, decide_spend
 from models.contract.encoding import build_canonical, build_digest, build_json, parse_json
 from models.contract.errors import MalformedError
 from models.contract.files import sync_directory
-from models.contract.privacy import PrivacyPlan
-
-_FIRST_PREVIOUS = build_digest(b"")
-_UPWARDS = Context(prec=10, rounding=ROUND_CEILING)
+from models.contract.ledger import FIRST_PREVIOUS, LedgerHead, find_missing
 
 
-class BudgetError(StalledError):
-    """A spend would cross a limit: `asked` would be reached, `limit` is allowed."""
-
-    def __init__(self, message: str, *, asked: Decimal, limit: Decimal) -> None:
-        super().__init__(message)
-        self.asked = asked
-        self.limit = limit
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """The owner's own, over any plan.
-
-    Attributes:
-        epsilon: Largest total of one model, over all runs.
-        delta: At which that total is computed.
-        noise_multiplier: Least z of any spend.
-    """
-
-    epsilon: Decimal
-    delta: Decimal
-    noise_multiplier: Decimal
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spend:
-    """What one round of a run asks for, and the sequence number of the order that asks."""
-
-    order_sequence: int
-    model: str
-    run: str
-    round: int
-    privacy: PrivacyPlan
-    steps: int
-
-    @property
-    def phase(self) -> Phase:
-        """What the accountant needs of it."""
-        return Phase(float(self.privacy.sampling_rate), float(self.privacy.noise_multiplier), self.steps)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One line of the ledger.
-
-    Attributes:
-        sequence: Counts up from 1.
-        at: Unix time, s.
-        order_sequence: Of the order that was acted on.
-        delta: The owner's, at which both epsilons are stated, of all entries of the model up to here.
-        previous: Digest of the entry before.
-    """
-
-    schema_version: Literal[1] = 1
-    sequence: int
-    at: int
-    order_sequence: int
-    model: str
-    run: str
-    round: int
-    sampling_rate: Decimal
-    noise_multiplier: Decimal
-    steps: int
-    delta: Decimal
-    epsilon_before: Decimal
-    epsilon_after: Decimal
-    previous: str
-
-    @property
-    def phase(self) -> Phase:
-        """What the accountant needs of it."""
-        return Phase(float(self.sampling_rate), float(self.noise_multiplier), self.steps)
+class NoCopyError(StalledError):
+    """The ledger is absent or not whole, and nobody says what this device has spent before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +45,7 @@ class Ledger:
         self._descriptor: int | None = descriptor
         self._entries = list(entries)
         self._previous = previous
+        self._is_whole = bool(entries) and not entries[-1].restored_left
 
     def __enter__(self) -> Self:
         return self
@@ -131,40 +60,100 @@ class Ledger:
         """All that was ever spent, oldest first."""
         return tuple(self._entries)
 
+    @property
+    def head(self) -> LedgerHead:
+        """What it comes to."""
+        return LedgerHead(entries=len(self._entries), digest=self._previous, spent=count_spent(self._entries))
+
     def spend(self, spend: Spend, limits: Limits, *, at: int) -> Entry:
         """Charge `spend`; the entry is durable on return.
 
         Raises:
             BudgetError: A limit would be crossed; nothing was charged.
+            NoCopyError: What was spent before is not known.
             StalledError: The file cannot be written.
         """
+        self._check_whole()
         before, after = decide_spend(self._entries, spend, limits)
-        entry = Entry(
-            sequence=len(self._entries) + 1,
-            at=at,
-            order_sequence=spend.order_sequence,
-            model=spend.model,
-            run=spend.run,
-            round=spend.round,
-            sampling_rate=spend.privacy.sampling_rate,
-            noise_multiplier=spend.privacy.noise_multiplier,
-            steps=spend.steps,
-            delta=limits.delta,
-            epsilon_before=before,
-            epsilon_after=after,
-            previous=self._previous,
+        return self._add(
+            Entry(
+                sequence=len(self._entries) + 1,
+                at=at,
+                order_sequence=spend.order_sequence,
+                model=spend.model,
+                run=spend.run,
+                round=spend.round,
+                sampling_rate=spend.privacy.sampling_rate,
+                noise_multiplier=spend.privacy.noise_multiplier,
+                steps=spend.steps,
+                delta=limits.delta,
+                epsilon_before=before,
+                epsilon_after=after,
+                previous=self._previous,
+            )
         )
+
+    def restore(self, copy: LedgerHead | None, delta: Decimal, *, at: int) -> int:
+        """Charge what the coordinator's `copy` holds beyond this ledger: the larger spend wins.
+
+        Args:
+            copy: None if the coordinator says nothing.
+            delta: The owner's, at which the epsilons of the entries are stated.
+            at: Unix time, s.
+
+        Returns:
+            How many entries were added, durable on return.
+
+        Raises:
+            NoCopyError: There is no copy, and this ledger does not say what was spent before.
+            StalledError: The file cannot be written.
+        """
+        if copy is None:
+            self._check_whole()
+            return 0
+        missing = find_missing(copy.spent, count_spent(self._entries))
+        for left, spent in zip(reversed(range(len(missing))), missing, strict=True):
+            of_model = [other for other in self._entries if other.model == spent.model]
+            entry = Entry(
+                sequence=len(self._entries) + 1,
+                at=at,
+                order_sequence=0,
+                model=spent.model,
+                run="",
+                round=0,
+                sampling_rate=spent.sampling_rate,
+                noise_multiplier=spent.noise_multiplier,
+                steps=spent.steps,
+                delta=delta,
+                epsilon_before=compute_total(of_model, delta),
+                epsilon_after=Decimal(0),
+                previous=self._previous,
+                restored_from=copy.digest,
+                restored_left=left,
+            )
+            self._add(replace(entry, epsilon_after=compute_total([*of_model, entry], delta)))
+        self._is_whole = True
+        return len(missing)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _check_whole(self) -> None:
+        if not self._is_whole:
+            raise NoCopyError(
+                "this device has no privacy ledger, and the coordinator has not said what it has spent before: "
+                "after a reinstall it trains only with the coordinator's copy, so that no budget begins anew"
+            )
+
+    def _add(self, entry: Entry) -> Entry:
         raw = build_canonical(entry)
         digest = build_digest(raw)
         self._append(build_json(_Line(digest=digest, entry=msgspec.Raw(raw))) + b"\n")
         self._previous = digest
         self._entries.append(entry)
         return entry
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
 
     def _append(self, line: bytes) -> None:
         if self._descriptor is None:
@@ -217,7 +206,7 @@ def parse_ledger(data: bytes) -> tuple[tuple[Entry, ...], str]:
         StalledError: A line is not what was written there.
     """
     entries: list[Entry] = []
-    previous = _FIRST_PREVIOUS
+    previous = FIRST_PREVIOUS
     for number, text in enumerate(data.split(b"\n")[:-1], start=1):
         try:
             line = parse_json(text, _Line)
@@ -231,40 +220,3 @@ def parse_ledger(data: bytes) -> tuple[tuple[Entry, ...], str]:
         entries.append(entry)
         previous = line.digest
     return tuple(entries), previous
-
-
-def compute_total(spends: Iterable[Entry | Spend], delta: Decimal) -> Decimal:
-    """Return the epsilon of all `spends` together at `delta`, rounded up."""
-    return _UPWARDS.create_decimal_from_float(compute_epsilon([spend.phase for spend in spends], float(delta)))
-
-
-def decide_spend(entries: Iterable[Entry], spend: Spend, limits: Limits) -> tuple[Decimal, Decimal]:
-    """Return the model's total epsilon before and after `spend`, given all `entries`.
-
-    Raises:
-        BudgetError: It crosses the owner's limits, or what its plan allows the run.
-    """
-    privacy = spend.privacy
-    of_model = [entry for entry in entries if entry.model == spend.model]
-    of_run = [entry for entry in of_model if entry.run == spend.run]
-    if privacy.noise_multiplier < limits.noise_multiplier:
-        raise BudgetError(
-            f"noise multiplier {privacy.noise_multiplier} is below the owner's least, {limits.noise_multiplier}",
-            asked=privacy.noise_multiplier,
-            limit=limits.noise_multiplier,
-        )
-    run_total = compute_total([*of_run, spend], privacy.delta)
-    if run_total > privacy.epsilon:
-        raise BudgetError(
-            f"run {spend.run!r} would reach epsilon {run_total}, its plan allows {privacy.epsilon}",
-            asked=run_total,
-            limit=privacy.epsilon,
-        )
-    total = compute_total([*of_model, spend], limits.delta)
-    if total > limits.epsilon:
-        raise BudgetError(
-            f"model {spend.model!r} would reach epsilon {total} in all, its owner allows {limits.epsilon}",
-            asked=total,
-            limit=limits.epsilon,
-        )
-    return compute_total(of_model, limits.delta), total

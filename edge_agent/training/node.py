@@ -38,9 +38,9 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from edge_agent.errors import StalledError, TransientError
 from models.contract.files import save_atomically
-from models.tensors.layout import Vector, build_vector_bytes, parse_vector_bytes
+from models.tensors.layout import Vector, parse_vector_bytes
 
-Handle: TypeAlias = Callable[[Vector, bytes], Vector | None]
+Handle: TypeAlias = Callable[[Vector, bytes], bytes | None]
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def serve(
             ".node", the node id is kept: a process that was killed rejoins at once by it.
         poll_interval_s: How often to ask for a message; > 0.
         idle_timeout_s: > 0.
-        handle: Gets parameters, shape (n,), float32, and the envelope; returns the update, or None to
+        handle: Gets parameters, shape (n,), float32, and the envelope; returns the encoded update, or None to
             answer nothing. What it raises is logged without its message, which may tell of private data.
         on_joined: Called once, when the SuperLink has let this device in.
 
@@ -219,7 +219,7 @@ class _Node:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, RECORD_RETRY_MAX_S)
 
-    def _reply(self, message: Message, update: Vector) -> None:
+    def _reply(self, message: Message, update: bytes) -> None:
         reply, content = Message(RecordDict(), reply_to=message), _build_record(update).deflate()
         record = ObjectTree(object_id=get_object_id(content))
         head = message_to_proto(reply)
@@ -249,11 +249,11 @@ class _LostRecordError(Exception):
     """A record did not get through."""
 
 
-def _build_record(update: Vector) -> Any:
-    return ConfigRecord({"update": build_vector_bytes(update)})
+def _build_record(update: bytes) -> Any:
+    return ConfigRecord({"update": update})
 
 
-def _apply(handle: Handle, message: Message, contents: list[bytes]) -> Vector | None:
+def _apply(handle: Handle, message: Message, contents: list[bytes]) -> bytes | None:
     try:
         (content,) = contents
         order, record = message.content["order"], ConfigRecord.inflate(content)

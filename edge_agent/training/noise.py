@@ -1,8 +1,13 @@
 """Randomness that protects somebody: Gaussian noise and Poisson draws from the operating system's entropy.
 
-A Gaussian number computed in floating point betrays by its last bits what it was added to (Mironov 2012).
-Each value here is the sum of 2n = 4 independent draws over sqrt(2n), so that an attacker must search
-the inputs of all of them together: 2^(53 (2n - 1)) = 2^159 combinations.
+A Gaussian number computed in floating point betrays by its last bits what it was added to (Mironov 2012). So nothing
+is added up before it lies on a grid: with both rounded to multiples of a power of two, sum and noise add exactly, and
+
+    round(sum) + round(noise) = round(round(sum) + noise),
+
+which is the Gaussian mechanism on the rounded sum, rounded again afterwards: its guarantee holds as it stands, for a
+sample that counts for as much more as `build_grid` says. A cell of the grid is wide beside the distance of two values
+that the ziggurat may draw, 2^-51 standard deviations up to four of them.
 
 The bits are the keystream of AES-256 in counter mode, under a key that the operating system gives anew for each call
 and that nothing keeps. That is as good as the system's own generator, which is itself such a cipher (ChaCha20) under a
@@ -10,9 +15,9 @@ key from the same entropy: who can tell the stream from random bits can read wha
 below the 2^64 blocks at which a block cipher shows. It is twenty times as fast.
 
 Source:
-    Holohan & Braghin 2021, "Secure Random Sampling in Differential Privacy", arXiv:2107.10138; the same
-    construction with the same n as Opacus's secure mode. Marsaglia & Tsang 2000, "The Ziggurat Method for
-    Generating Random Variables", with Doornik's 2005 correction: a layer and a place in it never share bits.
+    Mironov 2012, "On Significance of the Least Significant Bits For Differential Privacy", for attack and grid.
+    Marsaglia & Tsang 2000, "The Ziggurat Method for Generating Random Variables", with Doornik's 2005 correction: a
+    layer and a place in it never share bits.
 """
 
 import math
@@ -28,9 +33,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 Entropy: TypeAlias = Callable[[int], bytes]  # number of bytes -> that many; only a test passes its own
 _Floats: TypeAlias = npt.NDArray[np.float64]
 
-_DRAWS = 4  # 2n
-_BLOCK = 1 << 15  # draws at once: fewer, and Python shows in the time; more, and the arrays leave the cache
+_BLOCK = 1 << 14  # draws at once: fewer, and Python shows in the time; more, and each array is mapped anew
 _KEY_BYTES, _COUNTER_BYTES = 32, 16
+GRID_SLACK = 2.0**-10
 
 _LAYERS = 256
 _TAIL = 3.6541528853610088  # where the lowest layer's box ends, if 256 layers have equal area
@@ -58,11 +63,27 @@ def draw_gaussian(count: int, standard_deviation: float, entropy: Entropy = os.u
     """
     keystream = Keystream(entropy)
     values = np.empty(count)
-    for start in range(0, count, _BLOCK // _DRAWS):
-        block = values[start : start + _BLOCK // _DRAWS]
-        np.sum(draw_normal(_DRAWS * block.size, keystream).reshape(_DRAWS, -1), axis=0, out=block)
-    values *= standard_deviation / math.sqrt(_DRAWS)
+    for start in range(0, count, _BLOCK):
+        values[start : start + _BLOCK] = draw_normal(min(_BLOCK, count - start), keystream)
+    values *= standard_deviation
     return values
+
+
+def build_grid(count: int, clipping_norm: float) -> float:
+    """Return the distance of the grid's points, a power of two, for sums of `count` values.
+
+    Rounding two such sums moves them apart by at most `GRID_SLACK` clipping norms.
+    """
+    return 2.0 ** math.floor(math.log2(GRID_SLACK * clipping_norm / math.sqrt(count)))
+
+
+def add_on_grid(total: _Floats, noise: _Floats, grid: float) -> None:
+    """Add `noise` onto `total`, each rounded to the grid; both are overwritten."""
+    for values in (total, noise):
+        np.multiply(values, 1 / grid, out=values)
+        np.rint(values, out=values)
+    np.add(total, noise, out=total)
+    np.multiply(total, grid, out=total)
 
 
 def draw_poisson(count: int, sampling_rate: Decimal, entropy: Entropy = os.urandom) -> npt.NDArray[np.bool_]:

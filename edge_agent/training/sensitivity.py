@@ -17,7 +17,7 @@ _Array = npt.NDArray[Any]
 ClippedSum = Callable[[_Array, _Array, float], npt.NDArray[np.float64]]  # x, y, clipping norm -> flat sum
 
 ROWS = 8  # so few that the float32 rounding of their sum stays far below the tolerance
-_TOLERANCE = 1e-3
+TOLERANCE = 1e-3  # of the clipping norm; the noise is as much larger
 _NO_CLIPPING = 1e6  # above any gradient of data of unit scale
 
 
@@ -42,7 +42,7 @@ def check_sensitivity(clipped_sum: ClippedSum, first: tuple[_Array, _Array], sec
         removed = whole - clipped_sum(x[kept], y[kept], clipping_norm)
         replaced = whole - clipped_sum(_replaced(x, second[0], i), _replaced(y, second[1], i), clipping_norm)
         for change, bound, what in ((alone, 1, "alone"), (removed, 1, "removed"), (replaced, 2, "replaced")):
-            if not _norm(change) <= bound * clipping_norm * (1 + _TOLERANCE):
+            if not _norm(change) <= bound * clipping_norm * (1 + TOLERANCE):
                 raise StalledError(
                     f"{TRAIN_STEP_NAME} does not clip: a sample {what} counts for {_norm(change) / clipping_norm:.3f} "
                     f"clipping norms, at most {bound} is allowed"

@@ -10,20 +10,23 @@ stays charged; the coordinator's retry spends again, or is refused.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_agent.errors import AgentError
+from edge_agent.training.budget import Entry, Limits, Spend, compute_total
 from edge_agent.training.dp_sgd import check_supported
 from edge_agent.training.job import TrainingEvent, TrainingJob
-from edge_agent.training.ledger import Entry, Ledger, Limits, Spend, compute_total
+from edge_agent.training.ledger import Ledger
 from edge_agent.training.updates import UpdateStore
 from models.contract.encoding import build_digest
 from models.contract.envelope import TrainOrder, open_envelope
 from models.contract.errors import ContractError, EnvelopeError
 from models.contract.privacy import PrivacyPlan, TrainingPlan
 from models.tensors.layout import Vector
+from models.tensors.uplink import encode_update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +52,8 @@ class TrainingSession:
     report: Callable[[TrainingEvent], None]
     now_s: Callable[[], float] = time.time
 
-    def handle(self, parameters: Vector, envelope: bytes) -> Vector | None:
-        """Return the update that `envelope` orders, shape (n,), float32; None if it is not to be had."""
+    def handle(self, parameters: Vector, envelope: bytes) -> bytes | None:
+        """Return the update that `envelope` orders, as the order wants it encoded; None if it is not to be had."""
         try:
             order = open_envelope(
                 envelope,
@@ -70,14 +73,13 @@ class TrainingSession:
             self.report(TrainingEvent(event="order_refused", message=str(error)))
             return None
         except AgentError as error:
-            self.report(TrainingEvent(event="refused", message=str(error), round=order.round, epsilon=self._total()))
+            self._report("refused", str(error), order)
             return None
-        message = f"round {order.round} of run {order.run!r} sent again"
-        self.report(TrainingEvent(event="resent", message=message, round=order.round, epsilon=self._total()))
+        self._report("resent", f"round {order.round} of run {order.run!r} sent again", order)
         return stored
 
-    def _train(self, order: TrainOrder, parameters: Vector) -> Vector:
-        """Return the update, charged and stored; raises AgentError."""
+    def _train(self, order: TrainOrder, parameters: Vector) -> bytes:
+        """Return the update, charged, encoded and stored; raises AgentError."""
         spend = Spend(
             order_sequence=order.sequence,
             model=order.model,
@@ -88,14 +90,15 @@ class TrainingSession:
         )
         limits = Limits(
             epsilon=self.job.epsilon_limit,
+            total_epsilon=self.job.total_epsilon_limit,
             delta=self.job.delta,
             noise_multiplier=self.job.noise_multiplier_limit,
         )
         self.ledger.spend(spend, limits, at=int(self.now_s()))
-        update = self.train(parameters, order.privacy, order.training)
+        trained = self.train(parameters, order.privacy, order.training)
+        update = encode_update(trained, order.training.uplink, np.random.default_rng())
         self.updates.save(order.run, order.round, update)
-        message = f"round {order.round} of run {order.run!r} trained"
-        self.report(TrainingEvent(event="trained", message=message, round=order.round, epsilon=self._total()))
+        self._report("trained", f"round {order.round} of run {order.run!r} trained", order)
         return update
 
     def _check_fits(self, order: TrainOrder, parameters: Vector) -> None:
@@ -116,9 +119,11 @@ class TrainingSession:
         if not np.isfinite(parameters).all():
             raise EnvelopeError("the parameters are not finite")
 
-    def _total(self) -> str:
+    def _report(self, event: Literal["trained", "resent", "refused"], message: str, order: TrainOrder) -> None:
         spent = [entry for entry in self.ledger.entries if entry.model == self.job.model]
-        return str(compute_total(spent, self.job.delta))
+        epsilon = str(compute_total(spent, self.job.delta))
+        ledger = self.ledger.head if event == "trained" else None
+        self.report(TrainingEvent(event=event, message=message, round=order.round, epsilon=epsilon, ledger=ledger))
 
 
 def check_not_replayed(order: TrainOrder, entries: Sequence[Entry]) -> None:

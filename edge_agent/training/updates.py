@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from edge_agent.errors import StalledError
 from models.contract.files import save_atomically, sync_directory
-from models.tensors.layout import Vector
 
-_SUFFIX = ".f32"  # little-endian float32, flat
+_SUFFIX = ".update"  # the bytes that were sent, or were about to be
 
 
 class UpdateStore:
@@ -23,21 +20,21 @@ class UpdateStore:
         except OSError as error:
             raise StalledError(f"{directory}: {error.strerror}") from error
 
-    def find(self, run: str, number: int) -> Vector | None:
+    def find(self, run: str, number: int) -> bytes | None:
         """Return the update of round `number` of `run`, if it is the one kept."""
         path = self._path(run, number)
         try:
-            return np.frombuffer(path.read_bytes(), np.dtype("<f4")).astype(np.float32)
+            return path.read_bytes()
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise StalledError(f"{path}: {error}") from error
+        except OSError as error:
+            raise StalledError(f"{path}: {error.strerror}") from error
 
-    def save(self, run: str, number: int, update: Vector) -> None:
+    def save(self, run: str, number: int, update: bytes) -> None:
         """Keep `update` in place of any other; durable on return."""
         path = self._path(run, number)
         try:
-            save_atomically(path, update.astype("<f4").tobytes(), mode=0o600)
+            save_atomically(path, update, mode=0o600)
             self._remove_all_but(path.name)
         except OSError as error:
             raise StalledError(f"{path}: {error.strerror}") from error

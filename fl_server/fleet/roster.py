@@ -6,7 +6,7 @@ One SQLite file, shared by the running coordinator and operators' commands.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,6 +14,7 @@ from typing import Self
 from fl_server.database import open_database
 from fl_server.errors import ServerError
 from models.contract.encoding import build_json, parse_json
+from models.contract.ledger import SPENT_MAX, LedgerHead, Spent, add_up, take_larger
 from models.contract.messages import Event, Status, Telemetry
 
 EVENTS_KEPT = 1000  # of each device; older ones go
@@ -35,6 +36,23 @@ CREATE TABLE IF NOT EXISTS events (
     received_at REAL NOT NULL,
     event BLOB NOT NULL,
     UNIQUE (device_id, event_id)
+) STRICT;
+CREATE TABLE IF NOT EXISTS ledgers (  -- what each device has spent at least
+    device_id TEXT PRIMARY KEY,
+    head BLOB NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS reported (  -- up to which round of a run a device has reported its ledger
+    device_id TEXT NOT NULL,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    PRIMARY KEY (device_id, run)
+) STRICT;
+CREATE TABLE IF NOT EXISTS updates (  -- that came, whatever became of them, and what each cost its device
+    device_id TEXT NOT NULL,
+    run TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    spent BLOB NOT NULL,
+    PRIMARY KEY (device_id, run, round)
 ) STRICT;
 """
 
@@ -90,8 +108,7 @@ class Roster:
         Raises:
             RosterError: It is enrolled already.
         """
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
+        with self._changing():
             if self._database.execute("SELECT 1 FROM devices WHERE device_id = ?", (device_id,)).fetchone():
                 raise RosterError(f"device {device_id!r} is enrolled already; choose another id")
             self._database.execute(
@@ -99,10 +116,6 @@ class Roster:
                 (device_id, public_key, time.time()),
             )
             yield
-        except BaseException:
-            self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")
 
     def list_devices(self) -> list[Device]:
         """Return all devices, by id."""
@@ -170,3 +183,68 @@ class Roster:
         """Return the device's last events, oldest first."""
         rows = self._database.execute("SELECT event FROM events WHERE device_id = ? ORDER BY number", (device_id,))
         return [parse_json(row["event"], Event) for row in rows]
+
+    def save_ledger(self, device_id: str, head: LedgerHead, *, run: str, round_number: int) -> None:
+        """Keep what the device says of its privacy ledger; of what was known before, the larger spend stays.
+
+        Args:
+            device_id: Who says it.
+            head: Of its ledger, which holds all that it ever spent up to the round.
+            run: The run it was in then.
+            round_number: The last round of the run that it had charged; 0 before the first.
+
+        Raises:
+            RosterError: More than a copy can hold.
+        """
+        with self._changing():
+            later = self._database.execute(
+                "SELECT spent FROM updates WHERE device_id = ? AND run = ? AND round > ?",
+                (device_id, run, round_number),
+            )
+            spent = add_up([*head.spent, *(parse_json(row["spent"], Spent) for row in later)])
+            known = self.get_ledger(device_id)
+            newest = max(known, head, key=lambda ledger: ledger.entries)
+            self._put_ledger(device_id, newest, take_larger(known.spent, spent))
+            self._database.execute(
+                "INSERT INTO reported VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET round = max(round, excluded.round)",
+                (device_id, run, round_number),
+            )
+
+    def save_update(self, device_id: str, run: str, round_number: int, spent: Spent) -> None:
+        """Keep that an update of the device was seen, which it must have paid for: once, if it has not said so itself.
+
+        Raises:
+            RosterError: More than a copy can hold.
+        """
+        with self._changing():
+            row = (device_id, run, round_number)
+            if not self._database.execute(
+                "INSERT OR IGNORE INTO updates VALUES (?, ?, ?, ?)", (*row, build_json(spent))
+            ).rowcount:
+                return
+            query = "SELECT 1 FROM reported WHERE device_id = ? AND run = ? AND round >= ?"
+            if self._database.execute(query, row).fetchone() is None:
+                known = self.get_ledger(device_id)
+                self._put_ledger(device_id, known, add_up([*known.spent, spent]))
+
+    def get_ledger(self, device_id: str) -> LedgerHead:
+        """Return what the device has spent at least; the head is that of the longest ledger that it reported."""
+        row = self._database.execute("SELECT head FROM ledgers WHERE device_id = ?", (device_id,)).fetchone()
+        return LedgerHead() if row is None else parse_json(row["head"], LedgerHead)
+
+    def _put_ledger(self, device_id: str, head: LedgerHead, spent: tuple[Spent, ...]) -> None:
+        if len(spent) > SPENT_MAX:
+            raise RosterError(f"{len(spent)} kinds of steps in the ledger of {device_id}, at most {SPENT_MAX} are kept")
+        self._database.execute(
+            "INSERT OR REPLACE INTO ledgers VALUES (?, ?)", (device_id, build_json(replace(head, spent=spent)))
+        )
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")

@@ -11,10 +11,6 @@ from fl_server.packaging.layers import LayerGradient
 # (x, y, mask, clipping_norm, *parameters) -> (*sums, norms)
 Step: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
-# Float32 rounding in a norm, relative; and what keeps a zero gradient from dividing by zero.
-_NORM_MARGIN = 1e-6
-TINY = 1e-12
-
 
 def sum_clipped(
     gradients: Mapping[str, LayerGradient], names: Sequence[str], mask: Tensor, clipping_norm: Tensor
@@ -26,15 +22,19 @@ def sum_clipped(
         names: Of all parameters.
         mask: Shape (n,).
         clipping_norm: L2 norm to which a sample's gradient over all parameters together is scaled down; a scalar.
+            What float32 rounding lets a sample exceed it by, the device's noise stands for: a margin here would be so
+            near to 1 that the exporter takes it for 1.
     """
     is_real = mask > 0
     squared = [gradient.squared_norms for gradient in gradients.values()]
     norms = (torch.stack(squared).sum(0) if len(squared) > 1 else squared[0]).sqrt()
-    factor = torch.clamp(clipping_norm / (norms * (1 + _NORM_MARGIN) + TINY), max=1.0)
-    factor = torch.where(is_real, factor, torch.zeros_like(factor))
+    zeros = torch.zeros_like(norms)
+    # By comparison, in which a norm that is not a number stays one on every processor; a Clip may make it 1.
+    factor = torch.where(norms <= clipping_norm, torch.ones_like(norms), clipping_norm / norms)
+    factor = torch.where(is_real, factor, zeros)
     sums = {
         f"{path}.{name}".removeprefix("."): value
         for path, gradient in gradients.items()
         for name, value in gradient.clipped_sums(factor).items()
     }
-    return (*(sums[name] for name in names), torch.where(is_real, norms, torch.zeros_like(norms)))
+    return (*(sums[name] for name in names), torch.where(is_real, norms, zeros))

@@ -16,8 +16,11 @@ from torch.nn import functional
 
 from fl_server.packaging.unfolding import fold_kernel, unfold, unfold_gradients
 
-# Bounds the rounding of a Gram norm, in units of (sum of |a||b|)^2: some ten float32 roundings of 6e-8.
-_GRAM_MARGIN = 1e-6
+_ROUNDING = 2.0**-24  # of float32, relative
+_BLOCK = 256  # terms that a matrix product adds up one after the other; more are added up in blocks
+# What is added up of squares below float32's smallest normal number, 1e-38, may be far too little: no less than this
+# enters a product, which could make it large.
+_LEAST_SQUARED_LENGTH = 1e-30
 
 
 class Use(NamedTuple):
@@ -53,9 +56,10 @@ def linear_gradient(layer: nn.Linear, uses: Sequence[Use]) -> LayerGradient:
         inputs, gradients = (torch.cat([_by_position(use[i]) for use in uses], 1) for i in range(2))
         return _positions_gradient(inputs, gradients, has_bias=has_bias)
     inputs, gradients = uses[0]
-    squared = _squared_length(inputs) * _squared_length(gradients)
+    of_gradients = _squared_factor(gradients)
+    squared = _squared_factor(inputs) * of_gradients
     if has_bias:
-        squared = squared + _squared_length(gradients)
+        squared = squared + of_gradients
     return LayerGradient(squared, lambda factor: _linear_sums(inputs, gradients * factor[:, None], has_bias=has_bias))
 
 
@@ -87,6 +91,8 @@ def embedding_gradient(layer: nn.Embedding, uses: Sequence[Use]) -> LayerGradien
     """
     samples, width = uses[0].inputs.shape[0], layer.embedding_dim
     tokens = torch.cat([use.inputs.reshape(samples, -1) for use in uses], 1)
+    # onnxruntime counts negative tokens from the end: one row of the table under two names would escape the norm.
+    tokens = torch.where(tokens < 0, tokens + layer.num_embeddings, tokens)
     rows = torch.cat([use.gradients.reshape(samples, -1, width) for use in uses], 1)
     if layer.padding_idx is not None:
         rows = rows * (tokens != layer.padding_idx).to(rows.dtype)[:, :, None]
@@ -170,7 +176,13 @@ CHECKS: Mapping[type[nn.Module], Callable[[Any], str | None]] = {
 def from_per_sample(arrays: Mapping[str, Tensor]) -> LayerGradient:
     """Return the gradient whose values of each sample are given, by parameter, each of shape (n, ...)."""
     flat = {name: array.reshape(array.shape[0], -1) for name, array in arrays.items()}
-    squared = _add([_squared_length(array) for array in flat.values()])
+    # In two stages: the rounding of one long sum grows with its length, to a percent for ten million values.
+    squared = _add(
+        [
+            _squared_length(arrays[name].flatten(2)).sum(1) if arrays[name].ndim > 2 else _squared_length(array)
+            for name, array in flat.items()
+        ]
+    )
 
     def sums(factor: Tensor) -> dict[str, Tensor]:
         return {name: (factor @ array).reshape(arrays[name].shape[1:]) for name, array in flat.items()}
@@ -245,6 +257,12 @@ def _squared_length(rows: Tensor) -> Tensor:
     return (rows * rows).sum(-1)  # x.square() becomes a slow Pow in ONNX
 
 
+def _squared_factor(rows: Tensor) -> Tensor:
+    """Return the squared length as one factor of a product; never too small."""
+    squared = _squared_length(rows)
+    return torch.maximum(squared, torch.full_like(squared, _LEAST_SQUARED_LENGTH))
+
+
 def _linear_sums(inputs: Tensor, scaled: Tensor, *, has_bias: bool) -> dict[str, Tensor]:
     sums = {"weight": scaled.t() @ inputs}
     return {**sums, "bias": scaled.sum(0)} if has_bias else sums
@@ -252,8 +270,11 @@ def _linear_sums(inputs: Tensor, scaled: Tensor, *, has_bias: bool) -> dict[str,
 
 def _squared_norms_by_gram(inputs: Tensor, gradients: Tensor) -> Tensor:
     products = (inputs @ inputs.transpose(1, 2)) * (gradients @ gradients.transpose(1, 2))
-    lengths = (_squared_length(inputs) * _squared_length(gradients)).sqrt().sum(1)
-    return products.sum((1, 2)).clamp(min=0) + _GRAM_MARGIN * lengths * lengths
+    lengths = (_squared_factor(inputs) * _squared_factor(gradients)).sqrt().sum(1)
+    rounding = _ROUNDING * sum(min(array.shape[2], _BLOCK) for array in (inputs, gradients))
+    total = products.sum((1, 2))
+    # Not clamp: onnxruntime's Clip makes a large finite number of infinity. Squared first: no product overflows alone.
+    return torch.maximum(total, torch.zeros_like(total)) + lengths * lengths * rounding
 
 
 def _padding(layer: nn.Conv1d | nn.Conv2d) -> list[tuple[int, int]]:

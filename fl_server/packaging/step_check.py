@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fl_server.errors import DefinitionError
-from fl_server.packaging.clipping import TINY, Step
+from fl_server.packaging.clipping import Step
 from fl_server.packaging.losses import SampleLosses
 
 _CHECKED_ROWS = 4
@@ -67,7 +67,7 @@ def check_step(
     by_row = [_row_gradient(module, sample_losses, x[i : i + 1], y[i : i + 1], parameters) for i in range(rows)]
     norms = torch.stack([torch.cat([gradient.flatten() for gradient in row]).norm() for row in by_row])
     clipping_norm = norms.median().clamp(min=1e-3)
-    factor = torch.clamp(clipping_norm / (norms + TINY), max=1.0)
+    factor = torch.where(norms <= clipping_norm, torch.ones_like(norms), clipping_norm / norms)
     mask = (torch.arange(len(x)) < rows).to(torch.float32)
     *sums, found = step(x, y, mask, clipping_norm, *parameters.values())
     tolerance = float(clipping_norm) * _CHECK_TOLERANCE

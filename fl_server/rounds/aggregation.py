@@ -1,23 +1,31 @@
 """Which updates count, and what they come to. Pure."""
 
+import math
+
 import numpy as np
 
-from models.tensors.layout import Vector, parse_vector_bytes
+from models.contract.privacy import Uplink
+from models.tensors.layout import Vector
 from models.tensors.norms import l2_norm
+from models.tensors.uplink import decode_update
+
+_BLOCK = 1 << 16  # values
 
 
-def check_update(data: bytes, *, size: int, norm_limit: float) -> Vector | str:
+def check_update(data: bytes, *, size: int, norm_limit: float, uplink: Uplink = "float32") -> Vector | str:
     """Return the update in `data`, shape (size,), float32, or the reason why it does not count.
 
     What is beyond these checks cannot harm by its size: weights are uniform and the norm is bounded. The
     norm itself stays out of the reason, since it derives from private data.
     """
-    if len(data) != 4 * size:
-        return f"{len(data)} bytes, expected {4 * size}: {size} values of float32"
-    update = parse_vector_bytes(data)
-    if not np.isfinite(update).all():
+    try:
+        update = decode_update(data, uplink, size=size)
+    except ValueError as error:
+        return str(error)
+    norm = l2_norm(update)
+    if not math.isfinite(norm):
         return "holds NaN or infinity"
-    if l2_norm(update) > norm_limit:
+    if norm > norm_limit:
         return f"L2 norm is above the limit of {norm_limit:g}"
     return update
 
@@ -38,5 +46,8 @@ class MeanFold:
         """Return `parameters` moved by the mean, shape (size,), float32; unchanged where nothing was added."""
         if self.count == 0:
             return parameters
-        moved: Vector = (parameters + self._sum / self.count).astype(np.float32)
+        moved = np.empty(parameters.size, np.float32)
+        for start in range(0, moved.size, _BLOCK):  # no second vector of float64
+            block = slice(start, start + _BLOCK)
+            moved[block] = parameters[block] + self._sum[block] / self.count
         return moved

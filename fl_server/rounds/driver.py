@@ -12,10 +12,12 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -24,6 +26,7 @@ from fl_server.rounds.aggregation import MeanFold, check_update
 from fl_server.rounds.events import Abandoned, Done, Event, Joined, RoundCompleted, UpdateRefused
 from fl_server.rounds.flower import Reply, Session, SessionLostError
 from fl_server.rounds.quorum import Decision, decide_round, may_begin
+from fl_server.rounds.robust import aggregate
 from fl_server.rounds.run import (
     Checkpoint,
     RunSpec,
@@ -51,6 +54,22 @@ REOPEN_S = 1.0
 
 class StoppedError(RunError):
     """The coordinator said stop, or is gone; the run goes on when its driver is started again."""
+
+
+class Exchange(Protocol):
+    """Carries one round's messages to its devices and back, as `Session` does over a SuperLink."""
+
+    def list_online(self) -> set[int]: ...
+    def send(self, parameters: Vector, envelopes: Mapping[int, bytes], *, lifetime_s: float) -> None: ...
+    def collect(self) -> Iterator[Reply]: ...
+    def forget(self) -> None: ...
+
+
+class Permits(Protocol):
+    """Says when the run goes on, as `Words` of the coordinator do."""
+
+    def wait_for_permit(self) -> None: ...
+    def pause(self, seconds: float) -> None: ...
 
 
 class Words:
@@ -83,8 +102,24 @@ class Words:
 class Driver:
     """The run in `run_dir`, from its last checkpoint on."""
 
-    def __init__(self, run_dir: Path, *, words: Words, emit: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        words: Permits,
+        emit: Callable[[Event], None],
+        open_exchange: Callable[[RunSpec], AbstractContextManager[Exchange]] | None = None,
+    ) -> None:
+        """Load the run; nothing is opened.
+
+        Args:
+            run_dir: As `create_run` made it.
+            words: Permit rounds.
+            emit: Takes what happened.
+            open_exchange: Reaches the devices; without it the SuperLink of the run does.
+        """
         self._run_dir, self._words, self._emit = run_dir, words, emit
+        self._open_exchange = open_exchange or _open_session
         self._spec = load_spec(run_dir)
         self._key = _load_order_key(Path(self._spec.order_key_path))
         checkpoint = load_checkpoint(run_dir)
@@ -105,7 +140,7 @@ class Driver:
         away_since: float | None = None
         while self._completed < self._spec.training.rounds:
             try:
-                with self._open_session() as session:
+                with self._open_exchange(self._spec) as session:
                     away_since, self._sessions = None, self._sessions + 1
                     self._join(session)
                     while self._completed < self._spec.training.rounds:
@@ -119,19 +154,11 @@ class Driver:
                 self._words.pause(REOPEN_S)
         self._emit(Done())
 
-    def _open_session(self) -> Session:
-        return Session(
-            address=self._spec.superlink,
-            ca_path=Path(self._spec.ca_path),
-            superexec_secret_path=Path(self._spec.superexec_secret_path),
-            size=self._spec.layout.size,
-        )
-
-    def _join(self, session: Session) -> None:
+    def _join(self, session: Exchange) -> None:
         online = self._await_devices(session, wanted=len(self._spec.devices))
         self._emit(Joined(devices=tuple(sorted(name for name, node in self._spec.devices.items() if node in online))))
 
-    def _await_devices(self, session: Session, *, wanted: int) -> set[int]:
+    def _await_devices(self, session: Exchange, *, wanted: int) -> set[int]:
         """Return the nodes that are online, as soon as enough of the run's are."""
         started = time.monotonic()
         while True:
@@ -152,7 +179,7 @@ class Driver:
                 raise RunError(f"round {self._completed + 1}: {reason}")
             self._words.pause(ONLINE_POLL_S)
 
-    def _advance(self, session: Session) -> None:
+    def _advance(self, session: Exchange) -> None:
         if not self._is_permitted:
             self._words.wait_for_permit()
             self._is_permitted = True
@@ -165,7 +192,7 @@ class Driver:
             self._abandon(attempt)
         session.forget()
 
-    def _exchange(self, session: Session, attempt: "_Attempt") -> Decision:
+    def _exchange(self, session: Exchange, attempt: "_Attempt") -> Decision:
         session.send(self._parameters, self._build_orders(attempt), lifetime_s=self._spec.deadline_s)
         pause_s = POLL_FIRST_S
         while True:
@@ -181,7 +208,7 @@ class Driver:
             pause_s = min(pause_s * POLL_GROWTH, POLL_MAX_S)
 
     def _complete(self, attempt: "_Attempt") -> None:
-        self._parameters = attempt.fold.apply(self._parameters)
+        self._parameters = attempt.move(self._parameters)
         checkpoint = save_checkpoint(
             self._run_dir,
             self._spec.layout,
@@ -270,13 +297,30 @@ class _Attempt:
             return None
         update: Vector | str = reply.failure
         if reply.update is not None:
-            limit = float(self._spec.update_norm_limit)
-            update = check_update(reply.update, size=self._spec.layout.size, norm_limit=limit)
+            update = check_update(
+                reply.update,
+                size=self._spec.layout.size,
+                norm_limit=float(self._spec.update_norm_limit),
+                uplink=self._spec.training.uplink,
+            )
         if isinstance(update, str):
             return UpdateRefused(round=self.number, device=device_id, reason=update)
         if self.spool.add(device_id, update):
             self.fold.add(update)
         return None
+
+    def move(self, parameters: Vector) -> Vector:
+        """Return `parameters` moved by what the run's rule makes of the accepted updates."""
+        if self._spec.aggregation.rule == "mean":
+            return self.fold.apply(parameters)
+        step = aggregate(
+            self.spool.read_columns,
+            count=len(self.spool.devices),
+            size=self._spec.layout.size,
+            aggregation=self._spec.aggregation,
+        )
+        step += parameters
+        return step.astype(np.float32)
 
     def decide(self) -> Decision:
         return decide_round(
@@ -286,6 +330,15 @@ class _Attempt:
             elapsed_s=self.elapsed_s,
             deadline_s=self._spec.deadline_s,
         )
+
+
+def _open_session(spec: RunSpec) -> Session:
+    return Session(
+        address=spec.superlink,
+        ca_path=Path(spec.ca_path),
+        superexec_secret_path=Path(spec.superexec_secret_path),
+        size=spec.layout.size,
+    )
 
 
 def _load_order_key(path: Path) -> Ed25519PrivateKey:

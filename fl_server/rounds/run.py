@@ -10,6 +10,8 @@ RUN_DIR/sequence                                      the last sequence that an 
 A round without its checkpoint has not happened: its updates are kept, its parameters are written anew.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -20,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fl_server.errors import RunError
+from fl_server.rounds.rule import MEAN, Aggregation
 from models.contract.encoding import build_digest, build_json, check_digest_text, parse_json
 from models.contract.errors import ContractError
 from models.contract.files import save_atomically
@@ -49,6 +52,7 @@ class RunSpec:
         superexec_secret_path: The secret with which ServerApp tasks are claimed.
         order_key_path: Ed25519 private key that signs train orders, PEM.
         update_norm_limit: Largest L2 norm an update may have; > 0.
+        aggregation: What makes one step of a round's updates; the quorum is at least what it needs.
     """
 
     schema_version: Literal[1] = 1
@@ -68,6 +72,7 @@ class RunSpec:
     superexec_secret_path: str
     order_key_path: str
     update_norm_limit: Decimal
+    aggregation: Aggregation = MEAN
 
     def __post_init__(self) -> None:
         check_name(self.fleet, "fleet")
@@ -82,6 +87,7 @@ class RunSpec:
             raise ValueError("deadline_s and join_timeout_s must be > 0")
         if not (self.update_norm_limit.is_finite() and self.update_norm_limit > 0):
             raise ValueError(f"update_norm_limit is {self.update_norm_limit}, must be finite and > 0")
+        self.aggregation.check_fits(self.privacy.unit, devices=self.quorum)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,15 +144,21 @@ def load_parameters(run_dir: Path, layout: Layout, number: int) -> Vector:
 
 def load_checkpoint(run_dir: Path) -> Checkpoint | None:
     """Return the newest completed round whose parameters are whole, or None before the first."""
-    for path in sorted((run_dir / "rounds").glob(f"[0-9]*/{CHECKPOINT_NAME}"), reverse=True):
+    for checkpoint in load_checkpoints(run_dir):
         try:
-            checkpoint = parse_json(path.read_bytes(), Checkpoint, max_bytes=SPEC_MAX_BYTES)
-            parameters = path.with_name(PARAMETERS_NAME).read_bytes()
-        except (OSError, ContractError):
+            parameters = (build_round_dir(run_dir, checkpoint.round) / PARAMETERS_NAME).read_bytes()
+        except OSError:
             continue
         if build_digest(parameters) == checkpoint.parameters_digest:
             return checkpoint
     return None
+
+
+def load_checkpoints(run_dir: Path) -> Iterator[Checkpoint]:
+    """Yield the completed rounds, newest first; one that cannot be read is left out."""
+    for path in sorted((run_dir / "rounds").glob(f"[0-9]*/{CHECKPOINT_NAME}"), reverse=True):
+        with contextlib.suppress(OSError, ContractError):
+            yield parse_json(path.read_bytes(), Checkpoint, max_bytes=SPEC_MAX_BYTES)
 
 
 def save_checkpoint(

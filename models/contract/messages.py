@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
+from models.contract.ledger import LedgerHead
+
 MESSAGE_MAX_BYTES = 16 * 1024
 
 
@@ -20,6 +22,7 @@ class EventKind(StrEnum):
     TRAINING_REFUSED = "TRAINING_REFUSED"
     TRAINING_ENDED = "TRAINING_ENDED"
     ORDER_REFUSED = "ORDER_REFUSED"
+    PRIVACY_SPENT = "PRIVACY_SPENT"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +81,7 @@ class Event:
         message: One line for a person.
         version: The model version it is about.
         run: The run it is about.
+        ledger: What training has cost the device up to `round` of `run`; the coordinator keeps a copy.
     """
 
     schema_version: Literal[1] = 1
@@ -89,6 +93,7 @@ class Event:
     version: int | None = None
     run: str | None = None
     round: int | None = None
+    ledger: LedgerHead | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

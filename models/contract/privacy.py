@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, TypeAlias
+
+Uplink: TypeAlias = Literal["float32", "int8"]
 
 ADAM_DECAYS = (0.9, 0.999)  # of the means of gradients and of their squares, as the paper has them
 
@@ -63,6 +65,7 @@ class TrainingPlan:
         optimizer: Of the device; its state begins anew each round.
         proximal_mu: Weight of FedProx's pull towards the round's start, mu / 2 times the squared distance; at least
             0, and at most 1 / learning_rate, where one step would lead all the way back.
+        uplink: How an update travels to the coordinator.
     """
 
     rounds: int
@@ -72,6 +75,7 @@ class TrainingPlan:
     momentum: Decimal = Decimal(0)
     optimizer: Literal["sgd", "adam"] = "sgd"
     proximal_mu: Decimal = Decimal(0)
+    uplink: Uplink = "float32"
 
     def __post_init__(self) -> None:
         _check_finite(self.expected_batch, self.learning_rate, self.momentum, self.proximal_mu)
@@ -83,6 +87,8 @@ class TrainingPlan:
             raise ValueError(f"momentum is {self.momentum}, must be in [0, 1)")
         if self.optimizer not in {"sgd", "adam"}:
             raise ValueError(f"optimizer is {self.optimizer!r}, must be sgd or adam")
+        if self.uplink not in {"float32", "int8"}:
+            raise ValueError(f"uplink is {self.uplink!r}, must be float32 or int8")
         if self.optimizer == "adam" and self.momentum:
             raise ValueError(f"momentum is {self.momentum}, must be 0 for adam, which has its own")
         if self.proximal_mu < 0 or self.proximal_mu * self.learning_rate > 1:

@@ -60,6 +60,10 @@ def test_refusals_are_one_line(federation, tmp_path):
     assert federation.command("train", "sides", "--epsilon", "much").returncode == 2
     assert_refused(federation.command("train", "sides", "--optimizer", "adam", "--momentum", "0.9"), 2, "0 for adam")
     assert_refused(federation.command("train", "sides", "--proximal-mu", "3"), 2, "proximal_mu")
+    assert_refused(federation.command("train", "sides", "--byzantine", "1"), 2, "the mean withstands no hostile device")
+    assert_refused(federation.command("train", "sides", "--aggregation", "median"), 2, "at least 1")
+    krum = ("--aggregation", "multi-krum", "--byzantine", "1")
+    assert_refused(federation.command("train", "sides", *krum), 2, "1 hostile devices of 5 or more, and there are 1")
     assert_refused(federation.command("package", "nothing.py:definition", "--out", out + "3"), 2, "nothing.py")
     assert_refused(run_command("devices", "--config", str(tmp_path / "no.toml")), 2, "no.toml")
 

@@ -1,3 +1,4 @@
+import dataclasses
 from decimal import Decimal
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from edge_agent.training.optimizers import build_optimizer
 from fl_server.plan import compute_norm_limit
 from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
+from models.tensors.uplink import STRETCH_MAX
 
 
 def build_plans(
@@ -80,6 +82,14 @@ def test_honest_update_of_every_optimizer_with_a_proximal_term_stays_below_the_n
         optimizer(total)
         moved -= total
     assert np.linalg.norm(moved) <= compute_norm_limit(privacy, training, size)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_norm_limit_leaves_room_for_as_much_as_rounding_to_int8_can_stretch_an_update(optimizer):
+    privacy, training = build_plans(steps=5, optimizer=optimizer, noise_multiplier="1")
+    limit = compute_norm_limit(privacy, training, 1000)
+    rounded = compute_norm_limit(privacy, dataclasses.replace(training, uplink="int8"), 1000)
+    assert float(rounded / limit) == pytest.approx(STRETCH_MAX, rel=1e-6)
 
 
 def test_norm_limit_of_adam_is_what_steady_gradients_reach():

@@ -18,6 +18,7 @@ from flwr.proto.message_pb2 import ObjectTree, PushObjectResponse
 
 from edge_agent.errors import AgentError
 from edge_agent.training import node
+from models.tensors.uplink import encode_update
 
 
 def build_update(behaviour: str, size: int) -> np.ndarray | None:
@@ -26,6 +27,7 @@ def build_update(behaviour: str, size: int) -> np.ndarray | None:
     updates = {
         "one": np.ones(size, np.float32),
         "two": np.full(size, 2, np.float32),
+        "hundred": np.full(size, 100, np.float32),
         "zero": np.zeros(size, np.float32),
         "nan": np.full(size, np.nan, np.float32),
         "infinite": np.full(size, np.inf, np.float32),
@@ -40,15 +42,15 @@ def build_update(behaviour: str, size: int) -> np.ndarray | None:
 OVERSIZED_BYTES = 48 * 1024 * 1024
 RECORDS = {
     "empty": lambda _: ConfigRecord({"update": b""}),
-    "short": lambda update: ConfigRecord({"update": update.tobytes()[:-4]}),
-    "long": lambda update: ConfigRecord({"update": update.tobytes() + bytes(4)}),
-    "double": lambda update: ConfigRecord({"update": update.astype(np.float64).tobytes()}),
+    "short": lambda update: ConfigRecord({"update": update[:-4]}),
+    "long": lambda update: ConfigRecord({"update": update + bytes(4)}),
+    "double": lambda update: ConfigRecord({"update": np.frombuffer(update, "<f4").astype(np.float64).tobytes()}),
     "text": lambda _: ConfigRecord({"update": "1" * 40}),
-    "list": lambda update: ConfigRecord({"update": [update.tobytes()]}),
-    "renamed": lambda update: ConfigRecord({"weights": update.tobytes()}),
-    "extra": lambda update: ConfigRecord({"update": update.tobytes(), "bias": update.tobytes()}),
-    "counting": lambda update: ConfigRecord({"update": update.tobytes(), "num-examples": 10**15}),
-    "array": lambda update: ArrayRecord({"update": Array(update)}),
+    "list": lambda update: ConfigRecord({"update": [update]}),
+    "renamed": lambda update: ConfigRecord({"weights": update}),
+    "extra": lambda update: ConfigRecord({"update": update, "bias": update}),
+    "counting": lambda update: ConfigRecord({"update": update, "num-examples": 10**15}),
+    "array": lambda update: ArrayRecord({"update": Array(np.frombuffer(update, "<f4"))}),
     "oversized": lambda _: ConfigRecord({"update": bytes(OVERSIZED_BYTES)}),
 }
 
@@ -103,7 +105,9 @@ def main() -> int:
                 time.sleep(0.02)
         update = build_update(behaviour, parameters.size)
         print("silent" if update is None else "answered", number, flush=True)
-        return update
+        if update is None:
+            return None
+        return encode_update(update, order.get("training", {}).get("uplink", "float32"), np.random.default_rng())
 
     try:
         node.serve(

@@ -134,5 +134,5 @@ def build_training(*, rounds: int = 3, steps: int = 2, **changed) -> TrainingPla
     return TrainingPlan(
         rounds=rounds,
         steps=steps,
-        **{name: value if name == "optimizer" else Decimal(value) for name, value in values.items()},
+        **{name: value if name in {"optimizer", "uplink"} else Decimal(value) for name, value in values.items()},
     )

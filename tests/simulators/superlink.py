@@ -25,9 +25,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from fl_server.rounds.events import Event, parse_event
 from fl_server.rounds.flower import register_nodes
+from fl_server.rounds.rule import MEAN, Aggregation
 from fl_server.rounds.run import RunSpec, create_run
 from fl_server.rounds.superlink_command import superlink_command
-from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
+from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit, Uplink
 from models.tensors.layout import Layout
 
 WAIT_S = 60.0
@@ -248,6 +249,8 @@ class Fleet:
         quorum: int | None = None,
         deadline_s: float = 30,
         join_timeout_s: float = 30,
+        uplink: Uplink = "float32",
+        aggregation: Aggregation = MEAN,
     ) -> Path:
         """Return the folder of a new run that starts with zeros."""
         run_dir = self.directory / name
@@ -271,7 +274,11 @@ class Fleet:
                 epsilon=Decimal(8),
             ),
             training=TrainingPlan(
-                rounds=rounds, steps=1, expected_batch=Decimal(8), learning_rate=Decimal("0.1"), momentum=Decimal(0)
+                rounds=rounds,
+                steps=1,
+                expected_batch=Decimal(8),
+                learning_rate=Decimal("0.1"),
+                uplink=uplink,
             ),
             devices=devices,
             quorum=len(devices) if quorum is None else quorum,
@@ -282,6 +289,7 @@ class Fleet:
             superexec_secret_path=str(self.superlink.secret_path),
             order_key_path=str(key_path),
             update_norm_limit=Decimal(1000),
+            aggregation=aggregation,
         )
         create_run(run_dir, spec, np.zeros(size, np.float32))
         return run_dir

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from edge_agent.training.job import TrainingJob
 from models.contract.encoding import build_digest
 from models.contract.envelope import TrainOrder, build_envelope
+from models.contract.ledger import LedgerHead
 from tests.simulators.step_graph import build_privacy, build_training
 
 NOW_S = 1_800_000_000
@@ -32,6 +33,8 @@ def build_training_job(directory: Path, **changed) -> TrainingJob:
         "poll_interval_s": 0.1,
         "idle_timeout_s": 30.0,
         "epsilon_limit": Decimal(8),
+        "total_epsilon_limit": Decimal(16),
+        "ledger_copy": LedgerHead(),  # this device has never spent anything
         "delta": Decimal("0.001"),
         "noise_multiplier_limit": Decimal("0.5"),
         **changed,

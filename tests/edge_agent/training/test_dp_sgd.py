@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 
 from edge_agent.errors import StalledError
 from edge_agent.training.dp_sgd import StepGraph, local_training, open_step_graph
-from edge_agent.training.noise import draw_gaussian, draw_poisson
+from edge_agent.training.noise import GRID_SLACK, draw_gaussian, draw_poisson
 from models.contract.manifest import TRAIN_STEP_NAME
 from models.contract.privacy import Unit
 from tests.simulators.step_graph import (
@@ -24,6 +24,7 @@ from tests.simulators.step_graph import (
 EVERYONE_WITHOUT_NOISE = build_privacy(noise_multiplier="0", sampling_rate="1")
 ONE_STEP = build_training(steps=1)
 PARAMETERS = np.array([0.5, -1.0, 2.0, 0.1], np.float32)
+GRID = 2e-5  # what rounding to the noise's grid may do to an update of a few steps
 
 
 def open_graph(**options):
@@ -64,7 +65,7 @@ def test_without_noise_and_sampling_it_is_clipped_gradient_descent(momentum):
         current = current - 0.1 * velocity
     update = train(x, y, EVERYONE_WITHOUT_NOISE, training)
     assert update.dtype == np.float32
-    np.testing.assert_allclose(update, current - PARAMETERS, atol=1e-6)
+    np.testing.assert_allclose(update, current - PARAMETERS, atol=GRID)
     np.testing.assert_array_equal(update, train(x, y, EVERYONE_WITHOUT_NOISE, training))  # momentum begins anew
 
 
@@ -76,7 +77,7 @@ def test_proximal_term_pulls_towards_the_start_of_the_round():
         gradient = clipped_sum_in_numpy(x, y, 1, current) / 20 + 2.5 * (current - PARAMETERS)
         current = current - 0.1 * gradient
     update = train(x, y, EVERYONE_WITHOUT_NOISE, training)
-    np.testing.assert_allclose(update, current - PARAMETERS, atol=1e-6)
+    np.testing.assert_allclose(update, current - PARAMETERS, atol=GRID)
     free = train(x, y, EVERYONE_WITHOUT_NOISE, build_training(steps=6, expected_batch="20"))
     assert np.linalg.norm(update) < np.linalg.norm(free)
 
@@ -99,9 +100,9 @@ def test_denominator_is_the_expected_batch_and_never_the_number_of_samples():
     x, y = draw_samples(6)
     once = train(x, y, EVERYONE_WITHOUT_NOISE, ONE_STEP)
     twice = train(np.tile(x, (2, 1)), np.tile(y, 2), EVERYONE_WITHOUT_NOISE, ONE_STEP)
-    np.testing.assert_allclose(twice, 2 * once, atol=1e-6)
+    np.testing.assert_allclose(twice, 2 * once, atol=GRID)
     doubled = train(x, y, EVERYONE_WITHOUT_NOISE, build_training(steps=1, expected_batch="20"))
-    np.testing.assert_allclose(doubled, once / 2, atol=1e-6)
+    np.testing.assert_allclose(doubled, once / 2, atol=GRID)
 
 
 def test_each_step_uses_exactly_the_samples_drawn_for_it():
@@ -112,7 +113,7 @@ def test_each_step_uses_exactly_the_samples_drawn_for_it():
     )
     first = -0.01 * clipped_sum_in_numpy(x[:3], y[:3], 1, PARAMETERS)
     second = -0.01 * clipped_sum_in_numpy(x[15:], y[15:], 1, PARAMETERS + first)
-    np.testing.assert_allclose(update, first + second, atol=1e-6)
+    np.testing.assert_allclose(update, first + second, atol=GRID)
 
 
 NOISY = open_graph(features=9999, batch=1)
@@ -178,8 +179,8 @@ def test_one_sample_moves_a_step_by_no_more_than_its_share(x, y, others_x, other
         updates.append(train(rows, targets, EVERYONE_WITHOUT_NOISE, ONE_STEP).astype(np.float64))
     without, with_it, replaced = updates
     share = 0.1 * 1 / 10  # learning rate, clipping norm, expected batch
-    assert np.linalg.norm(with_it - without) <= share * (1 + 1e-4)
-    assert np.linalg.norm(replaced - with_it) <= 2 * share * (1 + 1e-4)
+    assert np.linalg.norm(with_it - without) <= share * (1 + 1e-4 + GRID_SLACK)
+    assert np.linalg.norm(replaced - with_it) <= 2 * share * (1 + 1e-4 + GRID_SLACK)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])

@@ -20,6 +20,7 @@ def test_job_survives_its_way_through_the_pipe(tmp_path):
         ("epsilon_limit", "0"),
         ("epsilon_limit", "Infinity"),
         ("epsilon_limit", "NaN"),
+        ("total_epsilon_limit", "0"),
         ("delta", "1"),
         ("noise_multiplier_limit", "-1"),
         ("poll_interval_s", 0),

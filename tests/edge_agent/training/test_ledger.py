@@ -2,6 +2,7 @@ import json
 import os
 import resource
 import signal
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
@@ -10,19 +11,13 @@ from hypothesis import strategies as st
 
 from edge_agent.errors import StalledError, TransientError
 from edge_agent.training.accountant import Phase, compute_epsilon
-from edge_agent.training.ledger import (
-    BudgetError,
-    Limits,
-    Spend,
-    compute_total,
-    decide_spend,
-    open_ledger,
-    parse_ledger,
-)
+from edge_agent.training.budget import BudgetError, Limits, Spend, compute_total, decide_spend
+from edge_agent.training.ledger import open_ledger, parse_ledger
+from models.contract.ledger import LedgerHead
 from tests.simulators.crash import crash_points, power_cut, run_until_crash
 from tests.simulators.step_graph import build_privacy
 
-LIMITS = Limits(epsilon=Decimal(100), delta=Decimal("0.001"), noise_multiplier=Decimal(0))
+LIMITS = Limits(epsilon=Decimal(100), total_epsilon=Decimal(10**6), delta=Decimal("0.001"), noise_multiplier=Decimal(0))
 
 
 def build_spend(number=1, *, model="digits", run="run-1", steps=2, **privacy):
@@ -36,8 +31,15 @@ def build_spend(number=1, *, model="digits", run="run-1", steps=2, **privacy):
     )
 
 
+def open_whole(path):
+    """Open a ledger of a device that the coordinator says has never spent anything, or whose ledger is there."""
+    ledger = open_ledger(path)
+    ledger.restore(LedgerHead(), LIMITS.delta, at=0)
+    return ledger
+
+
 def spend_all(path, spends, limits=LIMITS):
-    with open_ledger(path) as ledger:
+    with open_whole(path) as ledger:
         return [ledger.spend(spend, limits, at=1_700_000_000) for spend in spends]
 
 
@@ -73,16 +75,16 @@ def test_numbers_on_disk_are_integers_or_decimal_strings(tmp_path):
 def test_spend_up_to_the_owners_limit_is_allowed_and_beyond_it_refused_with_both_numbers():
     entries = ()
     spend = build_spend(1)
-    at_limit = Limits(epsilon=compute_total([spend], LIMITS.delta), delta=LIMITS.delta, noise_multiplier=Decimal(0))
+    at_limit = replace(LIMITS, epsilon=compute_total([spend], LIMITS.delta))
     assert decide_spend(entries, spend, at_limit) == (0, at_limit.epsilon)
-    below = Limits(epsilon=at_limit.epsilon - Decimal("1e-9"), delta=LIMITS.delta, noise_multiplier=Decimal(0))
+    below = replace(LIMITS, epsilon=at_limit.epsilon - Decimal("1e-9"))
     with pytest.raises(BudgetError, match="its owner allows") as caught:
         decide_spend(entries, spend, below)
     assert (caught.value.asked, caught.value.limit) == (at_limit.epsilon, below.epsilon)
 
 
 def test_noise_below_the_owners_least_is_refused():
-    limits = Limits(epsilon=Decimal(100), delta=Decimal("0.001"), noise_multiplier=Decimal("0.8"))
+    limits = replace(LIMITS, noise_multiplier=Decimal("0.8"))
     decide_spend((), build_spend(noise_multiplier="0.8"), limits)
     with pytest.raises(BudgetError, match="below the owner's least"):
         decide_spend((), build_spend(noise_multiplier="0.79"), limits)
@@ -102,7 +104,7 @@ def test_run_may_not_exceed_its_own_plan_while_the_owners_limit_spans_runs(tmp_p
             ledger.spend(build_spend(3, epsilon=plan), LIMITS, at=0)
         entry = ledger.spend(build_spend(3, run="run-2", epsilon=plan), LIMITS, at=0)
         assert entry.epsilon_before == Decimal(plan)
-        tight = Limits(epsilon=entry.epsilon_after, delta=LIMITS.delta, noise_multiplier=Decimal(0))
+        tight = replace(LIMITS, epsilon=entry.epsilon_after)
         with pytest.raises(BudgetError, match="its owner allows"):
             ledger.spend(build_spend(4, run="run-3", epsilon=plan), tight, at=0)
         ledger.spend(build_spend(4, model="other", epsilon=plan), tight, at=0)
@@ -113,7 +115,7 @@ def test_plan_with_a_generous_delta_does_not_widen_the_owners_limit():
     total = compute_total([spend], Decimal("0.001"))
     assert compute_total([spend], Decimal("0.5")) < total
     with pytest.raises(BudgetError, match="its owner allows"):
-        decide_spend((), spend, Limits(epsilon=total / 2, delta=Decimal("0.001"), noise_multiplier=Decimal(0)))
+        decide_spend((), spend, replace(LIMITS, epsilon=total / 2))
 
 
 def test_refused_spend_leaves_no_trace(tmp_path):
@@ -136,9 +138,9 @@ def test_refused_spend_leaves_no_trace(tmp_path):
 )
 def test_whatever_is_asked_the_total_never_crosses_the_limit(tmp_path_factory, kinds, limit):
     path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
-    limits = Limits(epsilon=limit, delta=Decimal("0.001"), noise_multiplier=Decimal(0))
+    limits = replace(LIMITS, epsilon=limit)
     allowed = []
-    with open_ledger(path) as ledger:
+    with open_whole(path) as ledger:
         for number, (rate, noise, steps) in enumerate(kinds, start=1):
             spend = build_spend(number, sampling_rate=rate, noise_multiplier=noise, steps=steps)
             total = compute_total([*allowed, spend], limits.delta)
@@ -167,7 +169,7 @@ def test_file_cut_anywhere_keeps_its_whole_lines(tmp_path_factory, ledger_bytes,
     cut = ledger_bytes[: data.draw(st.integers(0, len(ledger_bytes)))]
     path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
     path.write_bytes(cut)
-    with open_ledger(path) as ledger:
+    with open_whole(path) as ledger:
         assert len(ledger.entries) == cut.count(b"\n")
         ledger.spend(build_spend(9), LIMITS, at=0)
     with open_ledger(path) as ledger:
@@ -196,7 +198,7 @@ def test_lines_removed_swapped_or_repeated_stop_training(tmp_path, ledger_bytes,
 
 def test_ledger_is_open_once(tmp_path):
     path = tmp_path / "ledger.jsonl"
-    with open_ledger(path) as ledger:
+    with open_whole(path) as ledger:
         with pytest.raises(TransientError, match="another training process"):
             open_ledger(path)
         ledger.spend(build_spend(1), LIMITS, at=0)
@@ -228,7 +230,7 @@ def test_at_every_crash_point_the_ledger_holds_at_least_what_left(tmp_path, powe
 
     def work(path):
         def spend_and_send(tell):
-            with open_ledger(path) as ledger:
+            with open_whole(path) as ledger:
                 for spend in spends:
                     ledger.spend(spend, LIMITS, at=0)
                     tell(str(spend.round))
@@ -255,7 +257,7 @@ def test_without_the_sync_a_power_cut_would_be_noticed(tmp_path):
     path = tmp_path / "ledger.jsonl"
 
     def spend_without_sync(tell):
-        with open_ledger(path) as ledger:
+        with open_whole(path) as ledger:
             os.fsync = lambda _descriptor: None
             ledger.spend(build_spend(1), LIMITS, at=0)
             tell("1")

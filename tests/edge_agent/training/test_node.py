@@ -59,7 +59,7 @@ def test_handler_gets_parameters_and_envelope_and_its_update_reaches_the_coordin
 
     def handle(parameters, envelope):
         received.append((parameters, envelope))
-        return parameters * np.float32(2)
+        return (parameters * np.float32(2)).tobytes()
 
     thread = threading.Thread(
         target=serve_here,
@@ -84,7 +84,7 @@ def test_handler_gets_parameters_and_envelope_and_its_update_reaches_the_coordin
 
 def test_handler_that_answers_nothing_or_raises_lets_nothing_through_and_is_asked_again(fleet, caplog):
     (node_id,) = fleet.superlink.register("wavering").values()
-    answers = iter([None, RuntimeError("sample 0.1234"), np.ones(3, np.float32)])
+    answers = iter([None, RuntimeError("sample 0.1234"), np.ones(3, np.float32).tobytes()])
     asked = []
 
     def handle(_parameters, envelope):

@@ -9,7 +9,15 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
-from edge_agent.training.noise import Keystream, draw_gaussian, draw_normal, draw_poisson
+from edge_agent.training.noise import (
+    GRID_SLACK,
+    Keystream,
+    add_on_grid,
+    build_grid,
+    draw_gaussian,
+    draw_normal,
+    draw_poisson,
+)
 
 COUNT = 1_000_000
 SIGMAS = 6  # of a normal: each check below raises a false alarm once in 5e8 runs
@@ -66,12 +74,32 @@ def test_same_entropy_gives_the_same_noise_and_the_systems_never_does():
     assert not np.intersect1d(draw_gaussian(100, 1.0), draw_gaussian(100, 1.0)).size
 
 
-def test_each_value_is_the_sum_of_four_draws_over_two():
-    def entropy(size):
-        return bytes(range(size))
+@pytest.mark.parametrize(("count", "clipping_norm"), [(1, 1.0), (4, 0.3), (101_770, 1.5), (10**8, 1e-3)])
+def test_rounding_to_the_grid_moves_two_sums_apart_by_a_thousandth_of_the_clipping_norm_at_most(count, clipping_norm):
+    grid = build_grid(count, clipping_norm)
+    assert math.frexp(grid)[0] == 0.5  # a power of two
+    assert 0.5 < grid * math.sqrt(count) / (GRID_SLACK * clipping_norm) <= 1
 
-    draws = draw_normal(4 * 1000, Keystream(entropy)).reshape(4, 1000)
-    np.testing.assert_allclose(draw_gaussian(1000, 3.0, entropy), 3.0 * draws.sum(0) / 2, rtol=1e-14)
+
+def test_noised_sum_lies_on_the_grid_whatever_the_sum_was():
+    """So its last bits tell nothing: a sum of floats would land where only one of two neighbours can."""
+    grid = build_grid(1000, 1.0)
+    sums = np.random.default_rng(1).normal(0, 30, (2, 1000))
+    for total in sums:
+        noise = draw_gaussian(1000, 1.0)
+        expected = total + noise
+        add_on_grid(total, noise, grid)
+        np.testing.assert_array_equal(total / grid, np.rint(total / grid))
+        assert np.abs(total - expected).max() <= grid * (1 + 1e-9)
+
+
+def test_noise_of_the_grid_is_the_noise_rounded_and_no_other():
+    grid, noise = build_grid(1000, 1.0), draw_gaussian(1000, 1.0)
+    total, shift = np.zeros(1000), 12345 * grid
+    shifted = np.full(1000, shift)
+    add_on_grid(total, noise.copy(), grid)
+    add_on_grid(shifted, noise.copy(), grid)
+    np.testing.assert_array_equal(shifted, total + shift)
 
 
 def test_key_of_every_call_is_new_and_of_full_length():

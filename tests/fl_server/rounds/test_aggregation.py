@@ -29,6 +29,23 @@ def test_update_that_is_not_one_small_finite_vector_is_refused_with_its_reason(r
     assert reason in outcome
 
 
+@pytest.mark.parametrize(
+    ("scale", "code", "reason"),
+    [(np.nan, 1, "scale"), (np.inf, 1, "scale"), (-1, 1, "scale"), (3e38, 127, "infinity"), (2, 1, "norm")],
+)
+def test_update_in_int8_is_refused_for_its_scale_and_for_what_it_decodes_to(scale, code, reason):
+    received = np.float32(scale).tobytes() + np.full(4, code, np.int8).tobytes()
+    outcome = check_update(received, size=4, norm_limit=3.9, uplink="int8")
+    assert isinstance(outcome, str)
+    assert reason in outcome
+
+
+def test_update_in_int8_counts_as_what_it_decodes_to():
+    received = np.float32(0.5).tobytes() + np.array([2, -2, 0, -3], np.int8).tobytes()
+    outcome = check_update(received, size=4, norm_limit=3.9, uplink="int8")
+    np.testing.assert_array_equal(outcome, np.array([1, -1, 0, -1.5], np.float32))
+
+
 @pytest.mark.parametrize("update", [GOOD, -GOOD, np.zeros(4, np.float32)])
 def test_update_within_the_norm_limit_counts_as_it_is(update):
     outcome = check_update(update.astype("<f4").tobytes(), size=4, norm_limit=2.0)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fl_server.rounds.flower import list_nodes, register_nodes
+from fl_server.rounds.rule import Aggregation
 from fl_server.rounds.run import (
     build_round_dir,
     load_checkpoint,
@@ -66,6 +67,19 @@ def test_three_devices_finish_every_round_of_a_run_and_of_the_next(fleet):
         assert all(event.accepted == ("a", "b", "c") and not event.missing for event in events[1:4])
         np.testing.assert_allclose(parameters_after(run_dir, 3), np.full(10, 3.0), rtol=1e-6)
         assert list(run_dir.rglob("*.f32")) == []
+
+
+def test_run_with_updates_in_int8_and_the_median_is_not_moved_by_one_device(fleet):
+    devices = fleet.superlink.register("one", "two", "hundred", "short")
+    for name in devices:
+        fleet.start_node(name, behaviour=name)
+    run_dir = fleet.create_run(
+        devices, rounds=1, quorum=3, uplink="int8", aggregation=Aggregation(rule="median", byzantine=1)
+    )
+    refused, completed = fleet.start_driver(run_dir).run_to_end()[1:3]
+    assert (refused.device, completed.accepted) == ("short", ("hundred", "one", "two"))
+    assert "10 bytes, expected 14" in refused.reason
+    np.testing.assert_allclose(parameters_after(run_dir, 1), np.full(10, 2.0), atol=2.01 / 127)
 
 
 def test_round_waits_for_the_word_continue_and_ends_at_stop(fleet):

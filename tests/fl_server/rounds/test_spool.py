@@ -46,3 +46,12 @@ def test_device_id_cannot_leave_the_spool(tmp_path, name):
     with pytest.raises(ValueError, match="device id"):
         spool.add(name, np.ones(1, np.float32))
     assert list(tmp_path.rglob("*.f32")) == []
+
+
+def test_columns_are_those_of_every_whole_update_in_one_order(tmp_path):
+    spool = Spool(tmp_path / "updates", 7)
+    for number, name in enumerate(("c", "a", "b")):
+        spool.add(name, np.arange(7, dtype=np.float32) + 10 * number)
+    (tmp_path / "updates" / "torn.f32").write_bytes(b"\0" * 5)
+    parts = [spool.read_columns(start, stop) for start, stop in ((0, 3), (3, 4), (4, 7))]
+    np.testing.assert_array_equal(np.hstack(parts), np.array(list(spool.read())))

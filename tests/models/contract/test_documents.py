@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from models.contract.encoding import build_canonical, build_json, parse_json
 from models.contract.envelope import RunNotice, TrainOrder, WakeCommand, build_envelope, open_envelope
 from models.contract.errors import ContractError, EnvelopeError, MalformedError
+from models.contract.ledger import SPENT_MAX, LedgerHead, Spent, add_up, find_missing, take_larger
 from models.contract.manifest import (
     Figures,
     FileEntry,
@@ -29,7 +30,7 @@ from models.contract.manifest import (
     build_manifest,
     parse_manifest,
 )
-from models.contract.messages import Ack, Event, EventKind, Status, Telemetry
+from models.contract.messages import MESSAGE_MAX_BYTES, Ack, Event, EventKind, Status, Telemetry
 from models.contract.offer import build_offer, parse_offer
 from models.contract.privacy import PrivacyPlan, PrivacyStatement, TrainingPlan, Unit
 from models.contract.topics import parse_device_topic
@@ -51,6 +52,11 @@ PRIVACY = PrivacyPlan(
 )
 TRAINING = TrainingPlan(rounds=6, steps=20, expected_batch=Decimal(16), learning_rate=Decimal("0.5"))
 HEADER = {"fleet": "demo", "audience": "device-1", "sequence": 7, "issued_at": NOW_S, "expires_at": NOW_S + 60}
+LEDGER = LedgerHead(
+    entries=3,
+    digest="c" * 64,
+    spent=(Spent(model="digits", sampling_rate=Decimal("0.1"), noise_multiplier=Decimal("1.25"), steps=60),),
+)
 ORDER = TrainOrder(
     **HEADER,
     model="digits",
@@ -118,14 +124,20 @@ DOCUMENTS: dict[str, tuple[bytes, Callable[[bytes], Any], Any]] = {
         telemetry,
     ),
     "event": (
-        build_json(event := Event(id="e1", sent_at=1.5, kind=EventKind.UPDATED, message="serves 3", version=3)),
+        build_json(
+            event := Event(
+                id="e1", sent_at=1.5, kind=EventKind.PRIVACY_SPENT, message="round 3", round=3, ledger=LEDGER
+            )
+        ),
         lambda data: parse_json(data, Event),
         event,
     ),
     "ack": (build_json(ack := Ack(ids=("e1", "e2"))), lambda data: parse_json(data, Ack), ack),
     "wake_command": (
         build_canonical(
-            wake := WakeCommand(**HEADER, model="digits", run="run-1", poll_interval_ms=200, idle_timeout_s=60)
+            wake := WakeCommand(
+                **HEADER, model="digits", run="run-1", poll_interval_ms=200, idle_timeout_s=60, ledger=LEDGER
+            )
         ),
         lambda data: parse_json(data, WakeCommand),
         wake,
@@ -305,3 +317,50 @@ def test_features_travel_in_the_manifest_and_leave_one_without_them_as_it_was() 
     assert b"features" not in build_manifest(MANIFEST)
     with pytest.raises(ValueError, match="features fill one input"):
         dataclasses.replace(MANIFEST, features=features)
+
+
+KINDS = st.lists(
+    st.builds(
+        Spent,
+        model=st.sampled_from(["a", "b"]),
+        sampling_rate=st.sampled_from([Decimal("0.1"), Decimal("0.10"), Decimal(1)]),
+        noise_multiplier=st.sampled_from([Decimal(1), Decimal("2.50")]),
+        steps=st.integers(1, 100),
+    ),
+    max_size=8,
+).map(add_up)
+
+
+@given(first=KINDS, second=KINDS)
+def test_of_two_ledgers_the_larger_spend_wins_and_what_is_missing_makes_it_up(first: Any, second: Any) -> None:
+    larger = take_larger(first, second)
+    assert larger == take_larger(second, first) == take_larger(larger, first)
+    assert find_missing(first, larger) == find_missing(second, larger) == ()
+    assert add_up([*first, *find_missing(larger, first)]) == larger
+
+
+def test_ledgers_that_list_a_kind_twice_or_too_many_or_impossible_ones_are_refused() -> None:
+    (kind,) = LEDGER.spent
+    with pytest.raises(ValueError, match="each once"):
+        LedgerHead(spent=(kind, replace(kind, steps=2)))
+    with pytest.raises(ValueError, match="at most 64"):
+        LedgerHead(spent=tuple(replace(kind, noise_multiplier=Decimal(z)) for z in range(1, SPENT_MAX + 2)))
+    for impossible in ({"steps": 0}, {"noise_multiplier": Decimal(0)}, {"sampling_rate": Decimal(2)}, {"model": "a/b"}):
+        with pytest.raises(ValueError, match=next(iter(impossible))):
+            replace(kind, **impossible)
+
+
+def test_the_largest_ledger_fits_into_a_command() -> None:
+    spent = tuple(
+        Spent(
+            model="m" * 64,
+            sampling_rate=Decimal("0.123456789012"),
+            noise_multiplier=Decimal(z) + Decimal("0.123456789012"),
+            steps=10**9,
+        )
+        for z in range(SPENT_MAX)
+    )
+    wake = WakeCommand(
+        **HEADER, model="m" * 64, run="r" * 64, poll_interval_ms=200, idle_timeout_s=60, ledger=LedgerHead(spent=spent)
+    )
+    assert len(build_envelope(wake, KEY)) <= MESSAGE_MAX_BYTES

@@ -1,0 +1,1 @@
+"""`fl-server simulate`: the rounds of a real run with virtual devices, without any network."""
