@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 from urllib.parse import unquote
 
@@ -245,7 +245,7 @@ class App:
         return Answer(self.device.get_metrics().encode(), content_type=PROMETHEUS)
 
     def _get_description(self, _request: Request) -> Answer:
-        return Answer(resources.files("edge_agent.http").joinpath("openapi.json").read_bytes())
+        return Answer(Path(__file__).with_name("openapi.json").read_bytes())
 
 
 async def _answer_later(request: Request, answering: Awaitable[Answer]) -> None:
