@@ -16,6 +16,7 @@ from typing import Any
 
 import uvloop
 
+from edge_agent import __version__
 from edge_agent.collector import Collector
 from edge_agent.config import AgentSettings
 from edge_agent.errors import AgentError, RequestError, StalledError
@@ -26,7 +27,7 @@ from edge_agent.http.server import bind_sockets
 from edge_agent.inference.sandbox import try_in_sandbox
 from edge_agent.link.mqtt import Broker, Link
 from edge_agent.lock import holding_lock
-from edge_agent.model_server import ModelServer, find_agent_version
+from edge_agent.model_server import ModelServer
 from edge_agent.monitor.telemetry import read_rss_mb
 from edge_agent.owner import OwnerStatus, load_privacy_report
 from edge_agent.reporter import Reporter
@@ -77,7 +78,6 @@ class Agent:
     def __init__(self, settings: AgentSettings, root: bytes, sockets: Sequence[socket.socket]) -> None:
         self._settings = settings
         self._sockets = sockets
-        self._version = find_agent_version()
         self._token = load_token(settings.state_dir / TOKEN_NAME)
         self._server = ModelServer(settings.model, load_again=self._load_again if settings.serving.repository else None)
         self._engine = self._server.engine
@@ -102,7 +102,7 @@ class Agent:
             serve_challenger=None if settings.serving.challenger is not None else self._serve_challenger,
             on_event=lambda kind, message, version: self._reporter.tell(kind, message, version=version),
         )
-        self._reporter = Reporter(settings, self._version, link=self._link, updater=self._updater, server=self._server)
+        self._reporter = Reporter(settings, __version__, link=self._link, updater=self._updater, server=self._server)
         self._training = TrainingDesk(
             settings,
             updater=self._updater,
@@ -250,7 +250,7 @@ class Agent:
         return OwnerStatus(
             device_id=settings.device_id,
             fleet=settings.fleet,
-            agent=self._version,
+            agent=__version__,
             model=settings.model,
             version=model.manifest.version if model else None,
             slot=current.slot if current else None,
@@ -268,7 +268,7 @@ class Agent:
 
     def _describe_device(self) -> Device:
         return Device(
-            agent_version=self._version,
+            agent_version=__version__,
             models=self._engine,
             add_samples=self._samples.add,
             build_inputs=self._samples.build_inputs,

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gc
-import importlib.metadata
 import os
 import socket
 import sys
@@ -27,14 +26,6 @@ if TYPE_CHECKING:
     from edge_agent.rpc.server import GrpcServer
 
 _SWITCH_INTERVAL_S = 0.0005  # a tenth of Python's: a request waits that long for a thread that computes
-
-
-def find_agent_version() -> str:
-    """Return the version of the installed distribution."""
-    try:
-        return importlib.metadata.version("edge-fl")
-    except importlib.metadata.PackageNotFoundError:
-        return "0"
 
 
 class ModelServer:
