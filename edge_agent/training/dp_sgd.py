@@ -28,7 +28,6 @@ from models.contract.encoding import build_digest
 from models.contract.manifest import TRAIN_STEP_NAME, ModelManifest
 from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
 from models.tensors.layout import Vector
-from models.tensors.spec import TensorSpec
 
 _Floats: TypeAlias = npt.NDArray[np.float64]
 _Array: TypeAlias = npt.NDArray[Any]
@@ -85,7 +84,8 @@ class StepGraph:
         others: it is looked for by halves.
         """
         if self._run(x, y) and np.isfinite(self._sums).all():
-            np.add(total, self._sums, out=total)
+            np.copyto(self._exact_sums, self._sums)
+            np.add(total, self._exact_sums, out=total)
         elif len(x) > 1:
             half = len(x) // 2
             self._add_bounded(x[:half], y[:half], total)
@@ -110,6 +110,7 @@ class StepGraph:
         self._y = np.zeros((batch, *contract.target.row_shape), contract.target.dtype)
         self._mask, self._clipping_norm = np.zeros(batch, np.float32), np.zeros((), np.float32)
         self._parameters, self._sums, self._norms = (np.zeros(n, np.float32) for n in (self.size, self.size, batch))
+        self._exact_sums = np.zeros(self.size)
         arrays = {"x": self._x, "y": self._y, "mask": self._mask, "clipping_norm": self._clipping_norm}
         arrays |= contract.layout.unflatten(self._parameters)
         sums = (*contract.layout.unflatten(self._sums).values(), self._norms)
@@ -124,9 +125,16 @@ class StepGraph:
         found = [node.name for node in self._session.get_inputs()]
         if found != expected:
             raise StalledError(f"{TRAIN_STEP_NAME} has inputs {found}, expected {expected}")
-        outputs = len(self._session.get_outputs())
-        if outputs != len(self._contract.layout.names) + 1:
-            raise StalledError(f"{TRAIN_STEP_NAME} has {outputs} outputs, expected one a parameter, and the norms")
+        outputs, layout = self._session.get_outputs(), self._contract.layout
+        if len(outputs) != len(layout.names) + 1:
+            raise StalledError(f"{TRAIN_STEP_NAME} has {len(outputs)} outputs, expected one a parameter, and the norms")
+        for node, shape in zip(outputs, (*layout.shapes, (self._contract.batch,)), strict=True):
+            is_fixed = all(isinstance(length, int) for length in node.shape)  # of another, onnxruntime refuses the run
+            if node.type != "tensor(float)" or (is_fixed and node.shape != list(shape)):
+                raise StalledError(
+                    f"{TRAIN_STEP_NAME} returns {node.name} as {node.type} of shape {node.shape}, expected "
+                    f"tensor(float) of shape {list(shape)}"
+                )
 
     def _check_clips(self, generator: np.random.Generator) -> None:
         # A tenth: small enough that a deep network's outputs do not saturate and hide its gradients.
@@ -211,4 +219,3 @@ def local_training(
         np.subtract(moved, noised, out=moved)
         np.add(parameters, moved, out=current)
     return moved
-
