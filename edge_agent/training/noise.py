@@ -22,6 +22,7 @@ Source:
 
 import math
 import os
+import threading
 from collections.abc import Callable
 from decimal import Decimal
 from typing import TypeAlias
@@ -43,6 +44,16 @@ _LAYERS = 256
 _TAIL = 3.6541528853610088  # where the lowest layer's box ends, if 256 layers have equal area
 _PLACE_BITS = 53
 _SPARE_LEAST, _SPARE_ONE_IN = 32, 64  # draws beyond those asked for: one in 150 must be replaced
+
+
+class _Scratch(threading.local):
+    """Arrays that a thread keeps for its draws: the system would else map and clear new ones, which takes longer."""
+
+    def __init__(self) -> None:
+        self.arrays = np.empty(_BLOCK, np.int64), np.empty(_BLOCK), np.empty(_BLOCK), np.empty(_BLOCK, np.bool_)
+
+
+_SCRATCH = _Scratch()
 
 
 class Keystream:
@@ -116,12 +127,10 @@ def _draw_from_layers(values: _Floats, entropy: Entropy) -> tuple[_Integers, _In
     Of 64 bits, 8 choose one of 256 layers of equal area under the density, and 54 a place across it, sign included.
     Most places lie under the density at any height of their layer.
     """
-    size = min(len(values), _BLOCK)
-    scratch = np.empty(size, np.int64), np.empty(size), np.empty(size), np.empty(size, np.bool_)
     outside, outside_layers = [], []
     for start in range(0, len(values), _BLOCK):
         block = values[start : start + _BLOCK]
-        integers, floats, ends, is_outside = (array[: len(block)] for array in scratch)
+        integers, floats, ends, is_outside = (array[: len(block)] for array in _SCRATCH.arrays)
         bits = np.frombuffer(entropy(8 * len(block)), np.dtype("<i8"))
         np.bitwise_and(bits, _LAYERS - 1, out=integers)
         _SCALES.take(integers, out=floats, mode="clip")
