@@ -50,7 +50,8 @@ class _Scratch(threading.local):
     """Arrays that a thread keeps for its draws: the system would else map and clear new ones, which takes longer."""
 
     def __init__(self) -> None:
-        self.arrays = np.empty(_BLOCK, np.int64), np.empty(_BLOCK), np.empty(_BLOCK), np.empty(_BLOCK, np.bool_)
+        self.integers, self.is_outside = np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.bool_)
+        self.floats, self.ends = np.empty(_BLOCK), np.empty(_BLOCK)
 
 
 _SCRATCH = _Scratch()
@@ -130,7 +131,8 @@ def _draw_from_layers(values: _Floats, entropy: Entropy) -> tuple[_Integers, _In
     outside, outside_layers = [], []
     for start in range(0, len(values), _BLOCK):
         block = values[start : start + _BLOCK]
-        integers, floats, ends, is_outside = (array[: len(block)] for array in _SCRATCH.arrays)
+        integers, is_outside = _SCRATCH.integers[: len(block)], _SCRATCH.is_outside[: len(block)]
+        floats, ends = _SCRATCH.floats[: len(block)], _SCRATCH.ends[: len(block)]
         bits = np.frombuffer(entropy(8 * len(block)), np.dtype("<i8"))
         np.bitwise_and(bits, _LAYERS - 1, out=integers)
         _SCALES.take(integers, out=floats, mode="clip")
