@@ -5,7 +5,7 @@ five seeds. The digits network and a linear model of the pixels, each with that 
 best on the validation images of the same seeds; what is shown is the accuracy on 300 test images that chose nothing.
 The guarantee does not account for the tuning itself.
 
-`python -m tests.bench.accuracy --out DIR` writes `accuracy.md` and `accuracy.png`; it takes some minutes.
+`python -m tests.bench.accuracy --out DIR` writes `accuracy.md` and `accuracy.png`; it takes ten minutes.
 """
 
 import argparse
