@@ -28,7 +28,6 @@ from models.contract.encoding import build_digest
 from models.contract.manifest import TRAIN_STEP_NAME, ModelManifest
 from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
 from models.tensors.layout import Vector
-from models.tensors.spec import TensorSpec
 
 _Floats: TypeAlias = npt.NDArray[np.float64]
 _Array: TypeAlias = npt.NDArray[Any]
@@ -66,55 +65,76 @@ class StepGraph:
         except Exception as error:  # onnxruntime's errors share no narrower base
             raise StalledError(f"{TRAIN_STEP_NAME} does not open: {f'{error}'.splitlines()[0]:.300}") from error
         self._check_ends()
+        self._bind()
         self._check_clips(np.random.default_rng())
 
     def clipped_sum(self, x: _Array, y: _Array, clipping_norm: float, parameters: Vector) -> _Floats:
         """Return the sum of the samples' clipped gradients, of any number of rows, flat, float64."""
-        total = np.zeros(self.size)
-        layout, batch = self._contract.layout, self._contract.batch
-        feeds = {"clipping_norm": np.asarray(clipping_norm, np.float32), **layout.unflatten(parameters)}
-        totals = list(layout.unflatten(total).values())
+        total, batch = np.zeros(self.size), len(self._mask)
+        self._clipping_norm[...] = clipping_norm
+        np.copyto(self._parameters, parameters)
         for start in range(0, len(x), batch):
-            self._add_bounded(x[start : start + batch], y[start : start + batch], feeds, totals)
+            self._add_bounded(x[start : start + batch], y[start : start + batch], total)
         return total
 
-    def _add_bounded(self, x: _Array, y: _Array, feeds: dict[str, _Array], totals: list[_Floats]) -> None:
+    def _add_bounded(self, x: _Array, y: _Array, total: _Floats) -> None:
         """Add the sum of one batch, in which a sample that the graph cannot take adds nothing.
 
         A gradient that is not finite, or a label out of range, must neither spoil nor mark the sum of the
         others: it is looked for by halves.
         """
-        parts = self._run(x, y, feeds)
-        if parts is not None and all(np.isfinite(part).all() for part in parts):
-            for total, part in zip(totals, parts, strict=True):
-                np.add(total, part, out=total)
+        if self._run(x, y) and np.isfinite(self._sums).all():
+            np.copyto(self._exact_sums, self._sums)
+            np.add(total, self._exact_sums, out=total)
         elif len(x) > 1:
             half = len(x) // 2
-            self._add_bounded(x[:half], y[:half], feeds, totals)
-            self._add_bounded(x[half:], y[half:], feeds, totals)
+            self._add_bounded(x[:half], y[:half], total)
+            self._add_bounded(x[half:], y[half:], total)
 
-    def _run(self, x: _Array, y: _Array, feeds: dict[str, _Array]) -> list[_Array] | None:
-        """Return the sums of 1 to `batch` rows by parameter; None if the graph fails on them."""
-        batch = self._contract.batch
-        mask = (np.arange(batch) < len(x)).astype(np.float32)
-        rows = {"x": _padded(x, self._input, batch), "y": _padded(y, self._contract.target, batch), "mask": mask}
+    def _run(self, x: _Array, y: _Array) -> bool:
+        """Let the graph write the sums of 1 to a batch of rows; return whether it could take them."""
+        for bound, rows in ((self._x, x), (self._y, y)):
+            bound[: len(rows)] = rows
+            bound[len(rows) :] = rows[0]  # masked, and as finite as the first, whatever the model
+        self._mask[: len(x)], self._mask[len(x) :] = 1, 0
         try:
-            sums: list[_Array] = self._session.run(None, {**rows, **feeds})[:-1]  # without the norms
+            self._session.run_with_iobinding(self._binding)
         except Exception:  # noqa: BLE001 - onnxruntime's errors share no base; their text may quote a sample
-            return None
-        for part, shape in zip(sums, self._contract.layout.shapes, strict=True):
-            if part.shape != shape:
-                raise StalledError(f"{TRAIN_STEP_NAME} returned a sum of shape {part.shape}, expected {shape}")
-        return sums
+            return False
+        return True
+
+    def _bind(self) -> None:
+        """Let the graph read from and write to arrays that are kept: each step would else map new ones."""
+        contract, batch = self._contract, self._contract.batch
+        self._x = np.zeros((batch, *self._input.row_shape), self._input.dtype)
+        self._y = np.zeros((batch, *contract.target.row_shape), contract.target.dtype)
+        self._mask, self._clipping_norm = np.zeros(batch, np.float32), np.zeros((), np.float32)
+        self._parameters, self._sums, self._norms = (np.zeros(n, np.float32) for n in (self.size, self.size, batch))
+        self._exact_sums = np.zeros(self.size)
+        arrays = {"x": self._x, "y": self._y, "mask": self._mask, "clipping_norm": self._clipping_norm}
+        arrays |= contract.layout.unflatten(self._parameters)
+        sums = (*contract.layout.unflatten(self._sums).values(), self._norms)
+        self._binding = self._session.io_binding()
+        for name, array in arrays.items():
+            self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        for node, array in zip(self._session.get_outputs(), sums, strict=True):
+            self._binding.bind_output(node.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def _check_ends(self) -> None:
         expected = ["x", "y", "mask", "clipping_norm", *self._contract.layout.names]
         found = [node.name for node in self._session.get_inputs()]
         if found != expected:
             raise StalledError(f"{TRAIN_STEP_NAME} has inputs {found}, expected {expected}")
-        outputs = len(self._session.get_outputs())
-        if outputs != len(self._contract.layout.names) + 1:
-            raise StalledError(f"{TRAIN_STEP_NAME} has {outputs} outputs, expected one a parameter, and the norms")
+        outputs, layout = self._session.get_outputs(), self._contract.layout
+        if len(outputs) != len(layout.names) + 1:
+            raise StalledError(f"{TRAIN_STEP_NAME} has {len(outputs)} outputs, expected one a parameter, and the norms")
+        for node, shape in zip(outputs, (*layout.shapes, (self._contract.batch,)), strict=True):
+            is_fixed = all(isinstance(length, int) for length in node.shape)  # of another, onnxruntime refuses the run
+            if node.type != "tensor(float)" or (is_fixed and node.shape != list(shape)):
+                raise StalledError(
+                    f"{TRAIN_STEP_NAME} returns {node.name} as {node.type} of shape {node.shape}, expected "
+                    f"tensor(float) of shape {list(shape)}"
+                )
 
     def _check_clips(self, generator: np.random.Generator) -> None:
         # A tenth: small enough that a deep network's outputs do not saturate and hide its gradients.
@@ -199,11 +219,3 @@ def local_training(
         np.subtract(moved, noised, out=moved)
         np.add(parameters, moved, out=current)
     return moved
-
-
-def _padded(rows: _Array, spec: TensorSpec, batch: int) -> _Array:
-    """Return `rows` with copies of the first behind them: masked, and as finite as it is, whatever the model."""
-    padded = np.empty((batch, *spec.row_shape), spec.dtype)
-    padded[: len(rows)] = rows
-    padded[len(rows) :] = rows[0]
-    return padded

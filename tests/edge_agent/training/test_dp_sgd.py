@@ -1,6 +1,7 @@
 from decimal import Decimal
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -235,6 +236,21 @@ def test_step_graph_on_disk_must_be_the_manifests(tmp_path):
     (tmp_path / TRAIN_STEP_NAME).unlink()
     with pytest.raises(StalledError, match="No such file"):
         open_step_graph(tmp_path, manifest)
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(onnx.TensorProto.DOUBLE, [3]), (onnx.TensorProto.FLOAT, [4])])
+def test_graph_whose_sums_would_not_fit_where_they_are_written_is_refused(kind, shape):
+    model = onnx.load_from_string(build_step_graph())
+    (node,) = (node for node in model.graph.node if "weight_sum" in node.output)
+    node.output[0] = "as_it_was"
+    if kind == onnx.TensorProto.DOUBLE:
+        model.graph.node.append(onnx.helper.make_node("Cast", ["as_it_was"], ["weight_sum"], to=kind))
+    else:
+        model.graph.node.append(onnx.helper.make_node("Concat", ["as_it_was", "bias"], ["weight_sum"], axis=0))
+    model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("weight_sum", kind, shape))
+    graph = model.SerializeToString()
+    with pytest.raises(StalledError, match="returns weight_sum"):
+        StepGraph(graph, build_step_manifest(graph))
 
 
 def test_what_is_no_graph_or_has_other_inputs_is_refused():
