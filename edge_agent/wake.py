@@ -97,6 +97,7 @@ class TrainingDesk:
             superlink=federation.superlink,
             ca_path=str(federation.ca_path),
             node_key_path=str(federation.node_key_path),
+            definition=None if federation.definition is None else str(federation.definition),
             samples_path=str(settings.samples_path),
             training_dir=str(settings.training_dir),
             poll_interval_s=command.poll_interval_ms / 1000,

@@ -1,0 +1,42 @@
+"""The engine for most models: the signed train step graph, in onnxruntime."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+import onnxruntime as ort
+
+from edge_agent.errors import StalledError
+from models.contract.manifest import TRAIN_STEP_NAME
+from models.tensors.layout import Layout
+
+
+def open_session(graph: bytes, name: str) -> ort.InferenceSession:
+    """Return a session of `graph` on one thread; raises StalledError, which calls it `name`."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # serving keeps the other cores
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 4  # fatal only: its errors quote sample values
+    try:
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors share no narrower base
+        raise StalledError(f"{name} does not open: {f'{error}'.splitlines()[0]:.300}") from error
+
+
+class OnnxEngine:
+    """Runs a train step graph."""
+
+    def __init__(self, graph: bytes, layout: Layout) -> None:
+        """Open `graph`, whose parameters are those of `layout`; raises StalledError."""
+        self._session = open_session(graph, TRAIN_STEP_NAME)
+        expected = ["x", "y", "mask", "clipping_norm", *layout.names]
+        found = [node.name for node in self._session.get_inputs()]
+        if found != expected:
+            raise StalledError(f"{TRAIN_STEP_NAME} has inputs {found}, expected {expected}")
+        outputs = len(self._session.get_outputs())
+        if outputs != len(layout.names) + 1:
+            raise StalledError(f"{TRAIN_STEP_NAME} has {outputs} outputs, expected one a parameter, and the norms")
+
+    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        outputs: list[npt.NDArray[Any]] = self._session.run(None, feeds)
+        return outputs
