@@ -1,7 +1,7 @@
 """The engine for most models: the signed train step graph, in onnxruntime."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy.typing as npt
 import onnxruntime as ort
@@ -9,6 +9,8 @@ import onnxruntime as ort
 from edge_agent.errors import StalledError
 from models.contract.manifest import TRAIN_STEP_NAME
 from models.tensors.layout import Layout
+
+_Array: TypeAlias = npt.NDArray[Any]
 
 
 def open_session(graph: bytes, name: str) -> ort.InferenceSession:
@@ -37,6 +39,11 @@ class OnnxEngine:
         if outputs != len(layout.names) + 1:
             raise StalledError(f"{TRAIN_STEP_NAME} has {outputs} outputs, expected one a parameter, and the norms")
 
-    def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-        outputs: list[npt.NDArray[Any]] = self._session.run(None, feeds)
-        return outputs
+    def bind(self, inputs: Mapping[str, _Array], outputs: Sequence[_Array]) -> Callable[[], None]:
+        """Return what runs the graph on these arrays' own memory: each run would else map new ones."""
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        for node, array in zip(self._session.get_outputs(), outputs, strict=True):
+            binding.bind_output(node.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        return lambda: self._session.run_with_iobinding(binding)

@@ -4,7 +4,7 @@ What clips is an engine: the signed step graph in onnxruntime, or, for a model w
 It is not trusted here: what one sample can add to its sums is measured when the step is opened.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -17,7 +17,6 @@ from edge_agent.training.sensitivity import ROWS, check_sensitivity, random_rows
 from models.contract.encoding import build_digest
 from models.contract.manifest import ModelManifest
 from models.tensors.layout import Vector
-from models.tensors.spec import TensorSpec
 
 _Floats: TypeAlias = npt.NDArray[np.float64]
 _Array: TypeAlias = npt.NDArray[Any]
@@ -26,15 +25,15 @@ _Array: TypeAlias = npt.NDArray[Any]
 class Engine(Protocol):
     """Takes and returns what a train step graph does."""
 
-    def run(self, feeds: Mapping[str, _Array]) -> Sequence[_Array]:
-        """Return the sums of clipped gradients by parameter, in the order of the layout, and the norms before clipping.
+    def bind(self, inputs: Mapping[str, _Array], outputs: Sequence[_Array]) -> Callable[[], None]:
+        """Return what runs the step from `inputs` into `outputs`, arrays that the caller keeps and fills anew.
+
+        It raises whatever its library does, and the text may quote a sample.
 
         Args:
-            feeds: `x`, `y` and `mask`, first axis the version's batch; `clipping_norm`, a scalar; each parameter. Rows
+            inputs: `x`, `y` and `mask`, first axis the version's batch; `clipping_norm`, a scalar; each parameter. Rows
                 without a mask add nothing.
-
-        Raises:
-            Exception: Whatever its library does; the text may quote a sample.
+            outputs: The sums of clipped gradients by parameter, in the order of the layout; the norms before clipping.
         """
         ...
 
@@ -53,48 +52,54 @@ class Step:
             StalledError: Nothing bounds what a sample adds.
         """
         assert manifest.training is not None
-        self._engine, self._contract, self._input = engine, manifest.training, manifest.training_input
-        self.size = self._contract.layout.size
+        self._contract, self._input = manifest.training, manifest.training_input
+        layout, batch = self._contract.layout, self._contract.batch
+        self.size = layout.size
+        self._x, self._y = (
+            np.zeros((batch, *spec.row_shape), spec.dtype) for spec in (self._input, self._contract.target)
+        )
+        self._mask, self._norms, self._clipping_norm = (np.zeros(shape, np.float32) for shape in (batch, batch, ()))
+        self._parameters, self._sums = np.zeros(self.size, np.float32), np.zeros(self.size, np.float32)
+        rows = {"x": self._x, "y": self._y, "mask": self._mask, "clipping_norm": self._clipping_norm}
+        self._run = engine.bind(
+            {**rows, **layout.unflatten(self._parameters)},
+            [*layout.unflatten(self._sums).values(), self._norms],
+        )
         self._check_clips(np.random.default_rng())
 
     def clipped_sum(self, x: _Array, y: _Array, clipping_norm: float, parameters: Vector) -> _Floats:
         """Return the sum of the samples' clipped gradients, of any number of rows, flat, float64."""
-        total = np.zeros(self.size)
-        layout, batch = self._contract.layout, self._contract.batch
-        feeds = {"clipping_norm": np.asarray(clipping_norm, np.float32), **layout.unflatten(parameters)}
-        totals = list(layout.unflatten(total).values())
+        total, batch = np.zeros(self.size), self._contract.batch
+        self._clipping_norm[...] = clipping_norm
+        np.copyto(self._parameters, parameters)
         for start in range(0, len(x), batch):
-            self._add_bounded(x[start : start + batch], y[start : start + batch], feeds, totals)
+            self._add_bounded(x[start : start + batch], y[start : start + batch], total)
         return total
 
-    def _add_bounded(self, x: _Array, y: _Array, feeds: dict[str, _Array], totals: list[_Floats]) -> None:
+    def _add_bounded(self, x: _Array, y: _Array, total: _Floats) -> None:
         """Add the sum of one batch, in which a sample that the engine cannot take adds nothing.
 
         A gradient that is not finite, or a label out of range, must neither spoil nor mark the sum of the
         others: it is looked for by halves.
         """
-        parts = self._run(x, y, feeds)
-        if parts is not None and all(np.isfinite(part).all() for part in parts):
-            for total, part in zip(totals, parts, strict=True):
-                np.add(total, part, out=total)
+        if self._takes(x, y) and np.isfinite(self._sums).all():
+            np.add(total, self._sums, out=total)
         elif len(x) > 1:
             half = len(x) // 2
-            self._add_bounded(x[:half], y[:half], feeds, totals)
-            self._add_bounded(x[half:], y[half:], feeds, totals)
+            self._add_bounded(x[:half], y[:half], total)
+            self._add_bounded(x[half:], y[half:], total)
 
-    def _run(self, x: _Array, y: _Array, feeds: dict[str, _Array]) -> Sequence[_Array] | None:
-        """Return the sums of 1 to `batch` rows by parameter; None if the engine fails on them."""
-        batch = self._contract.batch
-        mask = (np.arange(batch) < len(x)).astype(np.float32)
-        rows = {"x": _padded(x, self._input, batch), "y": _padded(y, self._contract.target, batch), "mask": mask}
+    def _takes(self, x: _Array, y: _Array) -> bool:
+        """Let the engine write the sums of 1 to `batch` rows; return whether it could take them."""
+        for kept, rows in ((self._x, x), (self._y, y)):
+            kept[: len(rows)] = rows
+            kept[len(rows) :] = rows[0]  # masked, and as finite as the first, whatever the model
+        self._mask[: len(x)], self._mask[len(x) :] = 1, 0
         try:
-            *sums, _norms = self._engine.run({**rows, **feeds})
+            self._run()
         except Exception:  # noqa: BLE001 - an engine's errors share no base; their text may quote a sample
-            return None
-        for part, shape in zip(sums, self._contract.layout.shapes, strict=True):
-            if part.shape != shape:
-                raise StalledError(f"the training step returned a sum of shape {part.shape}, expected {shape}")
-        return sums
+            return False
+        return True
 
     def _check_clips(self, generator: np.random.Generator) -> None:
         # A tenth: small enough that a deep network's outputs do not saturate and hide its gradients.
@@ -149,11 +154,3 @@ def _read_graph(path: Path, manifest: ModelManifest) -> bytes:
     if (digest := build_digest(graph)) != entry.digest:
         raise StalledError(f"{path} has digest {digest}, expected {entry.digest}")
     return graph
-
-
-def _padded(rows: _Array, spec: TensorSpec, batch: int) -> _Array:
-    """Return `rows` with copies of the first behind them: masked, and as finite as it is, whatever the model."""
-    padded = np.empty((batch, *spec.row_shape), spec.dtype)
-    padded[: len(rows)] = rows
-    padded[len(rows) :] = rows[0]
-    return padded
