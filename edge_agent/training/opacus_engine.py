@@ -6,6 +6,7 @@ the signed evaluation graph.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -43,12 +44,12 @@ class OpacusEngine:
             raise EngineError(f"federation.definition: {error}") from error
         except Exception as error:  # the owner's code
             raise EngineError(f"federation.definition: build() failed: {type(error).__name__}") from error
-        shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
-        expected = dict(zip(layout.names, layout.shapes, strict=True))
-        if (definition.name, shapes) != (manifest.model, expected):
+        found = [(name, tuple(value.shape)) for name, value in module.named_parameters()]
+        expected = list(zip(layout.names, layout.shapes, strict=True))
+        if difference := next((pair for pair in zip_longest(found, expected) if pair[0] != pair[1]), None):
             raise EngineError(
-                f"federation.definition: {definition.name!r} has parameters {shapes}, version {manifest.version} of "
-                f"{manifest.model!r} has {expected}"
+                f"federation.definition: {definition.name!r} has parameter {difference[0]} where version "
+                f"{manifest.version} of {manifest.model!r} has {difference[1]}"
             )
         self._names = layout.names
         losses = build_sample_losses(definition)
