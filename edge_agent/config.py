@@ -74,13 +74,23 @@ class UpdateSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FederationSettings:
-    """Where and as whom the device trains."""
+    """Where and as whom the device trains.
+
+    Attributes:
+        definition: `FILE.py:NAME` of the model's definition, the owner's own code, which the training process runs for
+            a version that trains with the Opacus engine; None refuses to train such a version.
+    """
 
     superlink: str
     ca_path: Path
     node_key_path: Path
+    definition: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.definition is not None:
+            file, _, name = str(self.definition).rpartition(":")
+            if not file.endswith(".py") or not name.isidentifier():
+                raise ValueError(f"federation.definition is '{self.definition}', must be FILE.py:NAME")
         host, _, port = self.superlink.rpartition(":")
         if not host or not port.isdecimal():
             raise ValueError(f"federation.superlink is {self.superlink!r}, must be HOST:PORT")

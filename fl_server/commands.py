@@ -210,6 +210,7 @@ def run_simulate(arguments: Namespace) -> None:
     simulate(
         definition,
         _build_train_request(arguments, definition.name),
+        reference=arguments.definition,
         train_dir=arguments.train,
         test_dir=arguments.test,
         seed=arguments.seed,

@@ -9,7 +9,7 @@ from fl_server.errors import UsageError
 from fl_server.jobs import TrainRequest
 from fl_server.privacy.calibration import build_privacy_plan
 from fl_server.rounds.run import RunSpec
-from models.contract.manifest import TRAIN_STEP_NAME, ModelManifest
+from models.contract.manifest import ModelManifest
 from models.contract.privacy import ADAM_DECAYS, PrivacyPlan, TrainingPlan
 from models.tensors.layout import Layout
 from models.tensors.uplink import STRETCH_MAX
@@ -59,7 +59,7 @@ def build_spec(
         fleet=settings.fleet,
         model=request.model,
         run=run,
-        graph_digest=champion.files[TRAIN_STEP_NAME].digest,
+        graph_digest=champion.step_digest,
         layout=layout,
         privacy=privacy,
         training=training,

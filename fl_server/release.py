@@ -286,11 +286,11 @@ def _check_comparable(challenger: ModelManifest, champion: ModelVersion) -> None
 
 
 def _check_graphs(manifest: ModelManifest, architecture: Architecture) -> None:
-    for name in GRAPH_NAMES:
-        entry = manifest.files.get(name)
-        if entry is None:
-            raise RunError(f"{manifest.model} version {manifest.version} is only served: it has no {name}")
-        if build_digest((architecture.directory / name).read_bytes()) != entry.digest:
+    if manifest.training is None:
+        raise RunError(f"{manifest.model} version {manifest.version} is only served: it has no training graph")
+    for name in manifest.training.graph_names:
+        path = architecture.directory / name
+        if not path.exists() or build_digest(path.read_bytes()) != manifest.files[name].digest:
             raise RunError(
                 f"{manifest.model} version {manifest.version} was packaged from another {name} than "
                 f"{architecture.directory} holds; package and release it again with this federation's --config"

@@ -17,9 +17,10 @@ class TrainingJob:
     """One run that this device takes part in. Paths are text, since JSON has no other.
 
     Attributes:
-        graph_dir: Folder with manifest.json and train_step.onnx of the version that is trained.
+        graph_dir: Folder with manifest.json and the training graphs of the version that is trained.
         coordinator_key_pem: Ed25519 public key that signs train orders.
         superlink: HOST:PORT of the SuperLink.
+        definition: `FILE.py:NAME` of the model's definition, for the Opacus engine; None if the owner gave none.
         samples_path: The device's private samples.
         samples_key: What they are sealed with, 64 hex digits; in no message and no repr.
         training_dir: Where ledger and stored updates live.
@@ -39,6 +40,7 @@ class TrainingJob:
     superlink: str
     ca_path: str
     node_key_path: str
+    definition: str | None = None
     samples_path: str
     samples_key: str = field(repr=False)
     training_dir: str

@@ -34,7 +34,7 @@ class TrainingSession:
     """Answers the train messages of one run.
 
     Attributes:
-        graph_digest: Of the train step graph that `train` runs.
+        graph_digest: Of the graph that says what `train` trains.
         size: Number of parameters.
         key: The coordinator's, which signs orders.
         train: Makes one round's update, noised; called only for what was charged.
@@ -106,7 +106,7 @@ class TrainingSession:
         for what, found, expected in (
             ("model", order.model, self.job.model),
             ("run", order.run, self.job.run),
-            ("train step graph", order.graph_digest, self.graph_digest),
+            ("training graph", order.graph_digest, self.graph_digest),
         ):
             if found != expected:
                 raise EnvelopeError(f"the order is for {what} {found!r}, this is {expected!r}")

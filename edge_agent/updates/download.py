@@ -17,7 +17,7 @@ OnEvent: TypeAlias = Callable[[EventKind, str, int | None], None]
 
 def list_needed(manifest: ModelManifest, *, trains: bool) -> list[str]:
     """Return the names of the files a device needs, with or without those it trains with."""
-    graphs = GRAPH_NAMES if trains and manifest.training is not None else ()
+    graphs = manifest.training.graph_names if trains and manifest.training is not None else ()
     return [manifest.inference_name, *graphs]
 
 

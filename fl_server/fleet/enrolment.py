@@ -36,6 +36,7 @@ port = {broker_port}
 superlink = "{superlink}"
 ca_path = "ca.pem"
 node_key_path = "node.key"     # this device's identity in training: keep it secret
+# definition = "model.py:definition"  # your copy, for a model that trains with the Opacus engine
 
 [privacy]                      # the owner's own limits, held over any plan of the coordinator
 epsilon_limit = "8"            # largest epsilon of one model, over the device's lifetime

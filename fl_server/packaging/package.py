@@ -21,11 +21,9 @@ from fl_server.packaging.staging import staged_directory
 from fl_server.packaging.tflite import CALIBRATION_ROWS, FLOAT_NAME, INT8_NAME
 from models.contract.encoding import build_digest
 from models.contract.manifest import (
-    EVALUATE_NAME,
     INFERENCE_NAMES,
     MANIFEST_NAME,
     PARAMETERS_NAME,
-    TRAIN_STEP_NAME,
     Figures,
     FileEntry,
     Lineage,
@@ -90,7 +88,7 @@ def package_version(
     """Write a model version to `out_dir`, which appears whole and durable or not at all.
 
     Args:
-        architecture: Its step graphs become part of the version.
+        architecture: Its training graphs become part of the version.
         parameters: Finite float32 arrays by the names of the architecture's layout.
         version: Counts up from 1 within the model.
         calibration: Inputs, shape (n, ...), n >= 1; none of a device's own data.
@@ -119,8 +117,8 @@ def package_version(
             shutil.copyfile(candidates.get_path(measured.packaged), inference_path)
             quality = tools.measure(inference_path, Path(scratch, _FLOAT_NAME))
             _check_graph(architecture, inference_path, calibration, candidates.outputs, quality)
-        shutil.copyfile(architecture.train_step_path, staging / TRAIN_STEP_NAME)
-        shutil.copyfile(architecture.evaluate_path, staging / EVALUATE_NAME)
+        for graph_name, path in architecture.graph_paths.items():
+            shutil.copyfile(path, staging / graph_name)
         (staging / PARAMETERS_NAME).write_bytes(save(dict(parameters)))
         inputs, training = architecture.inputs, architecture.training
         if runtime == "tflite" and inputs[0].dtype == "int64":  # the converter narrows it

@@ -42,7 +42,7 @@ class RunSpec:
     """What a run is asked to do. Paths are text, since JSON has no other.
 
     Attributes:
-        graph_digest: Of the train step graph, as devices have it.
+        graph_digest: Of the graph that says what is trained, as devices have it.
         devices: Flower node ids by device id.
         quorum: Least updates that make a round; 1 to the number of devices.
         deadline_s: Of one round, from its first message to its last update; > 0.

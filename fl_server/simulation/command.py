@@ -9,10 +9,10 @@ from typing import Any
 from fl_server.errors import UsageError
 from fl_server.jobs import TrainRequest
 from fl_server.packaging.export import export_architecture
-from fl_server.packaging.losses import build_target_spec
 from fl_server.simulation.data import check_plan, load_samples
 from fl_server.simulation.simulate import Engine, Result, Simulation, build_privacy
 from models.definitions import ModelDefinition
+from models.definitions.losses import build_target_spec
 
 SEEDED = "follows from the seed: whoever knows it can take the noise off again, so this run is not private"
 UNSEEDED = "comes from the operating system's entropy, as on a real device"
@@ -22,6 +22,7 @@ def simulate(
     definition: ModelDefinition,
     request: TrainRequest,
     *,
+    reference: str,
     train_dir: Path,
     test_dir: Path,
     seed: int | None,
@@ -49,10 +50,12 @@ def simulate(
         expected_batch=request.training.expected_batch,
         sizes=[len(samples.x) for samples in train.values()],
     )
+    if reference.rpartition(":")[0].endswith(".py"):
+        reference = str(Path(reference).resolve())  # processes that play devices may run elsewhere
     with tempfile.TemporaryDirectory(prefix="fl-simulate-") as scratch:
         _say(f"exporting {definition.name}; once, it takes some seconds")
         architecture = export_architecture(definition, Path(scratch, "architecture"))
-        simulation = Simulation(definition, architecture, Path(scratch), _say)
+        simulation = Simulation(definition, architecture, Path(scratch), _say, reference=reference)
         paths = {name: samples.path for name, samples in train.items()}
         result = simulation.run(request, paths, test, seed=seed, engine=engine)
     document = build_report(result, seed=seed)

@@ -36,10 +36,8 @@ from fl_server.simulation.data import Samples
 from fl_server.simulation.workers import VirtualDevices, measure_mb, play
 from models.contract.encoding import build_digest, build_json
 from models.contract.manifest import (
-    EVALUATE_NAME,
     INFERENCE_NAMES,
     MANIFEST_NAME,
-    TRAIN_STEP_NAME,
     ModelManifest,
     Quality,
     build_manifest,
@@ -99,7 +97,15 @@ class Result:
 class Simulation:
     """A definition, exported once, whose runs are simulated; a context for a folder of its own."""
 
-    def __init__(self, definition: ModelDefinition, architecture: Architecture, scratch_dir: Path, say: Say) -> None:
+    def __init__(
+        self,
+        definition: ModelDefinition,
+        architecture: Architecture,
+        scratch_dir: Path,
+        say: Say,
+        *,
+        reference: str | None = None,
+    ) -> None:
         """Prepare what virtual devices train with.
 
         Args:
@@ -107,7 +113,9 @@ class Simulation:
             architecture: Exported from it.
             scratch_dir: Is filled: graphs, and one run at a time.
             say: Takes a line a round.
+            reference: Where devices find the definition, if they train with the Opacus engine.
         """
+        self._reference = reference
         self._definition, self._architecture, self._scratch_dir, self._say = definition, architecture, scratch_dir, say
         self._graph_dir = scratch_dir / _GRAPH_DIR_NAME
         self._manifest = _write_version(architecture, self._graph_dir)
@@ -145,6 +153,7 @@ class Simulation:
         job = SimulationJob(
             fleet=FLEET,
             graph_dir=str(self._graph_dir),
+            definition=self._reference,
             coordinator_key=key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw),
             samples={name: str(path) for name, path in train.items()},
             seed=seed,
@@ -185,7 +194,7 @@ class Simulation:
             fleet=FLEET,
             model=request.model,
             run=RUN,
-            graph_digest=self._manifest.files[TRAIN_STEP_NAME].digest,
+            graph_digest=self._manifest.step_digest,
             layout=layout,
             privacy=privacy,
             training=training,
@@ -313,11 +322,7 @@ class _Course:
 def _write_version(architecture: Architecture, directory: Path) -> ModelManifest:
     """Write to `directory` what a device needs to train, as a version in float32."""
     directory.mkdir()
-    sources = {
-        INFERENCE_NAMES["onnx"]: architecture.float_path,
-        TRAIN_STEP_NAME: architecture.train_step_path,
-        EVALUATE_NAME: architecture.evaluate_path,
-    }
+    sources = {INFERENCE_NAMES["onnx"]: architecture.float_path, **architecture.graph_paths}
     for name, path in sources.items():
         shutil.copyfile(path, directory / name)
     manifest = ModelManifest(

@@ -22,8 +22,9 @@ from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
-from edge_agent.training.dp_sgd import Noise, local_training, open_step_graph
+from edge_agent.training.dp_sgd import Noise, local_training
 from edge_agent.training.noise import draw_gaussian
+from edge_agent.training.step import open_step
 from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
 from models.tensors.layout import Vector
 from tests.bench.versions import DEFINITIONS, REPOSITORY, SAMPLES, BenchVersion, build_version
@@ -72,7 +73,7 @@ def measure_epochs(name: str, version: BenchVersion) -> dict[str, float]:
 
 
 def build_private_epoch(version: BenchVersion, *, noise: Noise) -> Epoch:
-    step = open_step_graph(version.directory, version.manifest)
+    step = open_step(version.directory, version.manifest)
     privacy = PrivacyPlan(
         unit=Unit.SAMPLE,
         clipping_norm=Decimal(CLIPPING_NORM),

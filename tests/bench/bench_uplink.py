@@ -11,7 +11,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from edge_agent.training.dp_sgd import StepGraph, local_training, open_step_graph
+from edge_agent.training.dp_sgd import local_training
+from edge_agent.training.step import Step, open_step
 from fl_server.demo.demo import DELTA, TRAINING
 from fl_server.plan import compute_norm_limit
 from fl_server.privacy.calibration import build_privacy_plan
@@ -28,7 +29,7 @@ SEEDS, DEVICES, ROUNDS, EPSILON = 5, 8, 6, 8
 def run() -> dict[str, float]:
     version = build_version("digits")
     assert version.manifest.training is not None
-    step, layout = open_step_graph(version.directory, version.manifest), version.manifest.training.layout
+    step, layout = open_step(version.directory, version.manifest), version.manifest.training.layout
     ways: tuple[Uplink, ...] = ("float32", "int8")
     measured = {way: [learn(step, layout, way, seed) for seed in range(SEEDS)] for way in ways}
     accuracies = {way: statistics.mean(accuracy for accuracy, _ in runs) for way, runs in measured.items()}
@@ -42,7 +43,7 @@ def run() -> dict[str, float]:
     }
 
 
-def learn(step: StepGraph, layout: Layout, uplink: Uplink, seed: int) -> tuple[float, int]:
+def learn(step: Step, layout: Layout, uplink: Uplink, seed: int) -> tuple[float, int]:
     """Return the accuracy after all rounds, and the bytes that all updates took."""
     privacy, training = build_plans(uplink)
     limit = float(compute_norm_limit(privacy, training, step.size))

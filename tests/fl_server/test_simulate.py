@@ -12,10 +12,10 @@ from fl_server.errors import RunError
 from fl_server.jobs import TrainRequest
 from fl_server.packaging.definitions import load_definition
 from fl_server.packaging.export import export_architecture
-from fl_server.packaging.losses import build_target_spec
 from fl_server.simulation.data import load_samples
 from fl_server.simulation.simulate import Engine, Simulation
 from models.contract.privacy import TrainingPlan
+from models.definitions.losses import build_target_spec
 from tests.simulators.federation import DEFINITION
 
 DEVICES, ROWS, ROUNDS = 3, 60, 2
@@ -136,6 +136,40 @@ def test_the_report_has_the_form_of_the_demo_and_says_that_seeded_noise_is_not_p
     assert "not private" in document["noise"]["note"]
     assert "not private" in output
     assert f"round {ROUNDS}/{ROUNDS}: {DEVICES} of {DEVICES} devices" in output
+
+
+UNEXPORTABLE = """\
+from torch import nn
+from models.definitions import ModelDefinition, TensorSpec
+
+definition = ModelDefinition(
+    name="sides",
+    build=lambda: nn.Sequential(
+        nn.Linear(4, 4),
+        nn.Unflatten(1, (1, 2, 2)),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Flatten(),
+        nn.Linear(16, 2),
+    ),
+    inputs=(TensorSpec("point", ("batch", 4), "float32"),),
+    outputs=(TensorSpec("logits", ("batch", 2), "float32"),),
+    loss="cross_entropy",
+    metric="accuracy",
+    labels=("left", "right"),
+    batch=8,
+)
+"""
+
+
+def test_a_model_whose_step_does_not_export_trains_with_opacus(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, report = tmp_path / "sides.py", tmp_path / "report.json"
+    path.write_text(UNEXPORTABLE)
+    assert main(["simulate", f"{path}:definition", *command(place, report, seed=3)[2:]]) == 0
+    assert "devices train it with the Opacus engine: each needs edge-fl[opacus], and this definition" in caplog.text
+    versions = json.loads(report.read_text())["versions"]
+    assert versions[-1]["metric"] > max(versions[0]["metric"], 0.8)
 
 
 @pytest.mark.parametrize(

@@ -6,20 +6,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_agent.errors import StalledError
 from edge_agent.training.budget import compute_total
-from edge_agent.training.dp_sgd import StepGraph, local_training
+from edge_agent.training.dp_sgd import local_training
 from edge_agent.training.ledger import open_ledger
 from edge_agent.training.noise import draw_gaussian, draw_poisson
 from edge_agent.training.session import TrainingSession
 from edge_agent.training.updates import UpdateStore
-from models.contract.encoding import build_digest
 from models.contract.privacy import Unit
 from models.tensors.uplink import decode_update
 from tests.simulators.crash import crash_points, run_until_crash
-from tests.simulators.step_graph import build_privacy, build_step_graph, build_step_manifest, build_training
+from tests.simulators.step_graph import build_privacy, build_training, open_onnx_step
 from tests.simulators.training import NOW_S, Orders, build_training_job
 
-GRAPH = build_step_graph()
-STEP = StepGraph(GRAPH, build_step_manifest(GRAPH))
+STEP, MANIFEST = open_onnx_step()
 PARAMETERS = np.array([0.5, -1.0, 2.0, 0.1], np.float32)
 SAMPLES = np.ones((20, 3), np.float32), np.zeros(20, np.float32)
 
@@ -37,7 +35,7 @@ class Device:
         self.failing = failing
         self.session = TrainingSession(
             job=self.job,
-            graph_digest=build_digest(GRAPH),
+            graph_digest=MANIFEST.step_digest,
             size=4,
             key=orders.key.public_key(),
             ledger=self.ledger,
@@ -65,7 +63,7 @@ class Device:
 
 @pytest.fixture
 def orders():
-    return Orders(graph_digest=build_digest(GRAPH))
+    return Orders(graph_digest=MANIFEST.step_digest)
 
 
 @pytest.fixture
@@ -112,7 +110,7 @@ def test_retry_gets_the_same_bytes_and_is_not_charged(tmp_path, orders, uplink, 
         ({"issued_at": NOW_S + 3600, "expires_at": NOW_S + 7200}, "ahead"),
         ({"model": "other"}, "model 'other'"),
         ({"run": "run-2"}, "run 'run-2'"),
-        ({"graph_digest": "0" * 64}, "train step graph"),
+        ({"graph_digest": "0" * 64}, "training graph"),
         ({"parameters_digest": "0" * 64}, "parameters"),
     ],
 )
