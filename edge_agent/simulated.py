@@ -17,14 +17,17 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_agent.errors import AgentError, StalledError
+from edge_agent.training.bounded_sgd import bounded_training
 from edge_agent.training.dp_sgd import StepGraph, local_training, open_step_graph
-from edge_agent.training.noise import Entropy, Keystream, draw_gaussian, draw_poisson
 from models.contract.encoding import parse_json
 from models.contract.envelope import TrainOrder, open_envelope
 from models.contract.errors import ContractError
 from models.contract.manifest import MANIFEST_NAME, TrainingContract, parse_manifest
-from models.contract.simulation import SimulationJob, VirtualRound
-from models.tensors.layout import Vector, build_vector_bytes, parse_vector_bytes
+from models.contract.privacy import Unit
+from models.contract.simulation import UPDATE_LENGTH_BYTES, SimulationJob, VirtualRound
+from models.tensors.layout import Vector, parse_vector_bytes
+from models.tensors.noise import Entropy, Keystream, draw_gaussian, draw_poisson
+from models.tensors.uplink import encode_update
 
 LINE_MAX_BYTES = 1 << 30  # the coordinator's own words, about 2 kB a device
 
@@ -60,7 +63,8 @@ def play(words: BinaryIO) -> Iterator[bytes]:
         asked = parse_json(line, VirtualRound, max_bytes=LINE_MAX_BYTES)
         parameters = parse_vector_bytes(words.read(4 * step.size))
         for device_id, envelope in asked.envelopes.items():
-            yield build_vector_bytes(device.train(device_id, parameters, envelope))
+            update = device.train(device_id, parameters, envelope)
+            yield len(update).to_bytes(UPDATE_LENGTH_BYTES, "little") + update
 
 
 class _Devices:
@@ -70,7 +74,7 @@ class _Devices:
         self._job, self._step, self._target, self._dtype = job, step, contract.target, dtype
         self._key = Ed25519PublicKey.from_public_bytes(job.coordinator_key)
 
-    def train(self, device_id: str, parameters: Vector, envelope: bytes) -> Vector:
+    def train(self, device_id: str, parameters: Vector, envelope: bytes) -> bytes:
         order = open_envelope(
             envelope, TrainOrder, key=self._key, fleet=self._job.fleet, audience=device_id, now_s=time.time()
         )
@@ -80,15 +84,14 @@ class _Devices:
             x = arrays["x"].astype(self._dtype, copy=False)
             y = arrays["y"].astype(self._target.dtype, copy=False).reshape(-1, *self._target.row_shape)
         entropy = _choose_entropy(self._job.seed, f"{device_id} {order.round}")
-        return local_training(
-            self._step,
-            x,
-            y,
-            parameters,
-            order.privacy,
-            order.training,
-            partial(draw_gaussian, entropy=entropy),
-            partial(draw_poisson, entropy=entropy),
+        noise, sampler = partial(draw_gaussian, entropy=entropy), partial(draw_poisson, entropy=entropy)
+        plans = order.privacy, order.training
+        if order.privacy.unit is Unit.DEVICE:
+            update = bounded_training(self._step, x, y, parameters, *plans, sampler)
+        else:
+            update = local_training(self._step, x, y, parameters, *plans, noise, sampler)
+        return encode_update(
+            update, order.training.uplink, np.random.default_rng(int.from_bytes(entropy(16), "little"))
         )
 
 

@@ -7,20 +7,20 @@ from pathlib import Path
 from fl_server.fleet.roster import Roster, RosterError
 from fl_server.rounds.run import SPEC_NAME, RunSpec, load_checkpoints, load_spec
 from models.contract.ledger import Spent
-from models.contract.privacy import Unit
 
 _log = logging.getLogger(__name__)
 
 
 def keep_spent(roster: Roster, spec: RunSpec, round_number: int, device_ids: Iterable[str]) -> None:
     """Keep in `roster` that updates of a round came, whatever became of them; a round counts once."""
-    if spec.privacy.unit is not Unit.SAMPLE or not spec.privacy.noise_multiplier:
-        return  # of other units devices keep no account, and no device trains without noise
+    if not spec.privacy.noise_multiplier:
+        return  # no device trains without noise
+    sampling_rate, steps = spec.privacy.count_charge(spec.training.steps)
     spent = Spent(
         model=spec.model,
-        sampling_rate=spec.privacy.sampling_rate,
+        sampling_rate=sampling_rate,
         noise_multiplier=spec.privacy.noise_multiplier,
-        steps=spec.training.steps,
+        steps=steps,
     )
     for device_id in device_ids:
         try:

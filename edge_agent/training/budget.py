@@ -11,7 +11,7 @@ from typing import Literal
 from edge_agent.errors import StalledError
 from edge_agent.training.accountant import Phase, compute_epsilon
 from models.contract.ledger import SPENT_MAX, Spent, add_up
-from models.contract.privacy import PrivacyPlan
+from models.contract.privacy import PrivacyPlan, Unit
 
 ROUND_SPENDS_MAX = 3  # of one round: whoever loses updates, or says so, must not drain the budget with one round
 _UPWARDS = Context(prec=10, rounding=ROUND_CEILING)
@@ -57,7 +57,17 @@ class Spend:
     @property
     def phase(self) -> Phase:
         """What the accountant needs of it."""
-        return Phase(float(self.privacy.sampling_rate), float(self.privacy.noise_multiplier), self.steps)
+        return Phase(float(self.sampling_rate), float(self.privacy.noise_multiplier), self.charged_steps)
+
+    @property
+    def sampling_rate(self) -> Decimal:
+        """As it is charged."""
+        return self.privacy.count_charge(self.steps)[0]
+
+    @property
+    def charged_steps(self) -> int:
+        """As they are charged."""
+        return self.privacy.count_charge(self.steps)[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,11 +143,12 @@ def decide_spend(entries: Iterable[Entry], spend: Spend, limits: Limits) -> tupl
     times = sum(entry.round == spend.round for entry in of_run)
     _check(Decimal(times + 1), Decimal(ROUND_SPENDS_MAX), f"round {spend.round} of run {spend.run!r} would be charged "
            "{asked} times, at most {limit} are allowed")  # fmt: skip
-    _check(
-        compute_total([*of_run, spend], privacy.delta),
-        privacy.epsilon,
-        f"run {spend.run!r} would reach epsilon {{asked}}, its plan allows {{limit}}",
-    )
+    if privacy.unit is Unit.SAMPLE:  # of the other the plan counts on what the device cannot see
+        _check(
+            compute_total([*of_run, spend], privacy.delta),
+            privacy.epsilon,
+            f"run {spend.run!r} would reach epsilon {{asked}}, its plan allows {{limit}}",
+        )
     total = compute_total([*of_model, spend], limits.delta)
     _check(
         total,
@@ -150,7 +161,7 @@ def decide_spend(entries: Iterable[Entry], spend: Spend, limits: Limits) -> tupl
         "all models together would reach epsilon {asked}, their owner allows {limit}",
     )
     kinds = {(entry.model, entry.sampling_rate, entry.noise_multiplier) for entry in entries}
-    kinds.add((spend.model, privacy.sampling_rate, privacy.noise_multiplier))
+    kinds.add((spend.model, spend.sampling_rate, privacy.noise_multiplier))
     _check(
         Decimal(len(kinds)),
         Decimal(SPENT_MAX),

@@ -21,13 +21,13 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from edge_agent.errors import StalledError
-from edge_agent.training.noise import GRID_SLACK, add_on_grid, build_grid
 from edge_agent.training.optimizers import build_optimizer
 from edge_agent.training.sensitivity import ROWS, TOLERANCE, check_sensitivity, random_rows
 from models.contract.encoding import build_digest
 from models.contract.manifest import TRAIN_STEP_NAME, ModelManifest
-from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
+from models.contract.privacy import PrivacyPlan, TrainingPlan
 from models.tensors.layout import Vector
+from models.tensors.noise import GRID_SLACK, add_on_grid, build_grid
 from models.tensors.spec import TensorSpec
 
 _Floats: TypeAlias = npt.NDArray[np.float64]
@@ -150,12 +150,6 @@ def open_step_graph(directory: Path, manifest: ModelManifest) -> StepGraph:
     return StepGraph(graph, manifest)
 
 
-def check_supported(privacy: PrivacyPlan) -> None:
-    """Raise StalledError unless this device can train under `privacy`."""
-    if privacy.unit is not Unit.SAMPLE:
-        raise StalledError(f"privacy unit {privacy.unit.value!r} is not supported, only {Unit.SAMPLE.value!r}")
-
-
 def local_training(
     step: StepGraph,
     x: _Array,
@@ -179,9 +173,8 @@ def local_training(
         sampler: Draws who takes part in a step.
 
     Raises:
-        StalledError: The unit is not `sample`, or the graph fails.
+        StalledError: The graph fails.
     """
-    check_supported(privacy)
     clipping_norm = float(privacy.clipping_norm)
     standard_deviation = float(privacy.noise_multiplier) * clipping_norm * _SENSITIVITY
     grid = build_grid(step.size, clipping_norm)

@@ -28,21 +28,19 @@ def check_update(data: bytes, *, size: int, norm_limit: float, uplink: Uplink = 
     return update
 
 
-class MeanFold:
-    """The mean of updates with equal weight, folded as they arrive: memory does not grow with the cohort."""
+class SumFold:
+    """The sum of updates with equal weight, folded as they arrive: memory does not grow with the cohort.
+
+    Attributes:
+        sum: Shape (size,), float64.
+        count: Updates in it.
+    """
 
     def __init__(self, size: int) -> None:
-        self._sum = np.zeros(size, np.float64)
+        self.sum = np.zeros(size, np.float64)
         self.count = 0
 
     def add(self, update: Vector) -> None:
         """Count one update, shape (size,), finite."""
-        self._sum += update
+        self.sum += update
         self.count += 1
-
-    def apply(self, parameters: Vector) -> Vector:
-        """Return `parameters` moved by the mean, shape (size,), float32; unchanged where nothing was added."""
-        if self.count == 0:
-            return parameters
-        moved: Vector = (parameters + self._sum / self.count).astype(np.float32)
-        return moved

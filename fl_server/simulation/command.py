@@ -10,8 +10,9 @@ from fl_server.errors import UsageError
 from fl_server.jobs import TrainRequest
 from fl_server.packaging.export import export_architecture
 from fl_server.packaging.losses import build_target_spec
+from fl_server.plan import build_privacy
 from fl_server.simulation.data import check_plan, load_samples
-from fl_server.simulation.simulate import Result, Simulation, build_privacy
+from fl_server.simulation.simulate import Result, Simulation
 from models.definitions import ModelDefinition
 
 SEEDED = "follows from the seed: whoever knows it can take the noise off again, so this run is not private"
@@ -38,11 +39,7 @@ def simulate(
         raise UsageError(f"--report is {report_path}, must be a file in a folder that exists")
     target = build_target_spec(definition)
     train, test = (load_samples(directory, definition, target) for directory in (train_dir, test_dir))
-    privacy = build_privacy(request)
-    try:
-        request.aggregation.check_fits(privacy.unit, devices=len(train))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    privacy = build_privacy(request, devices=len(train))
     check_plan(
         privacy,
         expected_batch=request.training.expected_batch,

@@ -4,6 +4,8 @@ definition --> step graph --> run directory --> Driver --> VirtualDevices --> pr
                                                   `--every round--> evaluated on the test files
 """
 
+import os
+import random
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -15,14 +17,14 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from fl_server.claim import count_cohort
 from fl_server.evaluation.evaluate import Evaluator
 from fl_server.evaluation.gate import GateRules, decide_promotion
 from fl_server.evaluation.metrics import get_metric_name
 from fl_server.jobs import TrainRequest
 from fl_server.packaging.architecture import Architecture
 from fl_server.packaging.package import describe_file
-from fl_server.plan import compute_norm_limit
-from fl_server.privacy.calibration import build_privacy_plan
+from fl_server.plan import build_privacy, compute_norm_limit
 from fl_server.privacy.statement import build_statement
 from fl_server.rounds.driver import Driver
 from fl_server.rounds.events import Event, RoundCompleted, UpdateRefused
@@ -39,10 +41,11 @@ from models.contract.manifest import (
     Quality,
     build_manifest,
 )
-from models.contract.privacy import PrivacyPlan
+from models.contract.privacy import PrivacyPlan, Unit
 from models.contract.simulation import SimulationJob
 from models.definitions import ModelDefinition
 from models.tensors.layout import Vector
+from models.tensors.noise import Keystream
 
 FLEET, RUN = "simulation", "simulation"
 _FOREVER_S = 1e6  # virtual devices are never late
@@ -136,10 +139,13 @@ class Simulation:
             samples={name: str(path) for name, path in train.items()},
             seed=seed,
         )
-        devices = VirtualDevices(job, size=spec.layout.size, scratch_dir=self._scratch_dir)
+        devices = VirtualDevices(job, scratch_dir=self._scratch_dir)
         course = _Course(self._evaluator, metric_name, spec, test, run_dir, self._say)
         course.conclude(0)
-        Driver(run_dir, words=_Unattended(), emit=course.take, open_exchange=lambda _spec: devices).run()
+        entropy = os.urandom if seed is None else Keystream(random.Random(f"{seed} coordinator").randbytes)
+        Driver(
+            run_dir, words=_Unattended(), emit=course.take, open_exchange=lambda _spec: devices, entropy=entropy
+        ).run()
         return Result(
             model=self._definition.name,
             metric_name=metric_name,
@@ -161,7 +167,7 @@ class Simulation:
 
     def _build_spec(self, request: TrainRequest, names: list[str], key_path: Path) -> RunSpec:
         training, layout = request.training, self._architecture.training.layout
-        privacy = build_privacy(request)
+        privacy = build_privacy(request, devices=len(names))
         return RunSpec(
             fleet=FLEET,
             model=request.model,
@@ -171,7 +177,7 @@ class Simulation:
             privacy=privacy,
             training=training,
             devices={name: node for node, name in enumerate(names)},
-            quorum=len(names),
+            quorum=1 if privacy.unit is Unit.DEVICE else len(names),
             deadline_s=_FOREVER_S,
             join_timeout_s=_FOREVER_S,
             superlink="",
@@ -180,19 +186,9 @@ class Simulation:
             order_key_path=str(key_path),
             update_norm_limit=compute_norm_limit(privacy, training, layout.size),
             aggregation=request.aggregation,
+            optimizer=request.optimizer,
+            clipping_quantile=request.clipping_quantile,
         )
-
-
-def build_privacy(request: TrainRequest) -> PrivacyPlan:
-    """Return the plan whose noise keeps the budget of `request`; raises UsageError."""
-    return build_privacy_plan(
-        clipping_norm=request.clipping_norm,
-        sampling_rate=request.sampling_rate,
-        delta=request.delta,
-        epsilon=request.epsilon,
-        steps=request.training.steps,
-        rounds=request.training.rounds,
-    )
 
 
 class _Unattended:
@@ -259,7 +255,7 @@ class _Course:
             self._spec.privacy,
             steps=self._spec.training.steps,
             rounds_done=number,
-            cohort=len(self._spec.devices),
+            cohort=count_cohort(self._spec.privacy, len(self._spec.devices)),
         )
         self.rounds.append(
             Round(number=number, metric=float(value), epsilon=float(statement.epsilon), is_better=is_better)

@@ -20,7 +20,7 @@ import psutil
 from fl_server.errors import RunError
 from fl_server.rounds.flower import Reply
 from models.contract.encoding import build_json
-from models.contract.simulation import SimulationJob, VirtualRound
+from models.contract.simulation import UPDATE_LENGTH_BYTES, SimulationJob, VirtualRound
 from models.tensors.layout import Vector, build_vector_bytes
 
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # as the agent starts its training process
@@ -29,8 +29,8 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # as the ag
 class Worker:
     """One process that plays some of the devices."""
 
-    def __init__(self, job: SimulationJob, *, size: int, log_path: Path) -> None:
-        self._update_bytes, self._log_path = 4 * size, log_path
+    def __init__(self, job: SimulationJob, *, log_path: Path) -> None:
+        self._log_path = log_path
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "edge_agent.simulated"],
@@ -46,9 +46,11 @@ class Worker:
         self._write(build_json(VirtualRound(envelopes=dict(envelopes))) + b"\n" + build_vector_bytes(parameters))
 
     def read(self) -> bytes:
-        """Return the next update, 4 bytes a parameter; raises RunError."""
-        update = _get(self._process.stdout).read(self._update_bytes)
-        if len(update) < self._update_bytes:
+        """Return the next update, as it travels; raises RunError."""
+        updates = _get(self._process.stdout)
+        length = updates.read(UPDATE_LENGTH_BYTES)
+        update = updates.read(int.from_bytes(length, "little"))
+        if len(length) < UPDATE_LENGTH_BYTES or len(update) < int.from_bytes(length, "little"):
             raise self._explain()
         return update
 
@@ -81,15 +83,14 @@ class Worker:
 class VirtualDevices:
     """The devices of one run, as the round driver sees them: node `i` is the i-th device by name."""
 
-    def __init__(self, job: SimulationJob, *, size: int, scratch_dir: Path) -> None:
+    def __init__(self, job: SimulationJob, *, scratch_dir: Path) -> None:
         """Prepare; no process runs yet.
 
         Args:
             job: Of all devices; each process is told of its own alone.
-            size: Number of parameters.
             scratch_dir: For what the processes say on standard error.
         """
-        self._job, self._size, self._scratch_dir = job, size, scratch_dir
+        self._job, self._scratch_dir = job, scratch_dir
         self._names = sorted(job.samples)
         self._workers: list[Worker] = []
         self._closing = ExitStack()
@@ -107,7 +108,7 @@ class VirtualDevices:
                 samples=samples,
                 seed=self._job.seed,
             )
-            worker = Worker(job, size=self._size, log_path=self._scratch_dir / f"worker-{number}.log")
+            worker = Worker(job, log_path=self._scratch_dir / f"worker-{number}.log")
             self._closing.callback(worker.close)
             self._workers.append(worker)
         return self

@@ -23,9 +23,9 @@ class PrivacyPlan:
 
     Attributes:
         unit: What is protected.
-        clipping_norm: L2 bound C of one unit's contribution, in parameter units; > 0.
+        clipping_norm: L2 bound C of one unit's contribution, a sample's gradient or a device's update; > 0.
         noise_multiplier: z; the noise on a sum has standard deviation z * C; >= 0.
-        sampling_rate: q, with which each unit takes part in a step, independently; (0, 1].
+        sampling_rate: q, with which each unit takes part, independently: a sample in a step, a device in a round; (0, 1].
         delta: Chance that the bound fails; (0, 1).
         epsilon: What the whole run may spend at most; > 0.
     """
@@ -50,6 +50,14 @@ class PrivacyPlan:
         if self.epsilon <= 0:
             raise ValueError(f"epsilon is {self.epsilon}, must be > 0")
 
+    def count_charge(self, steps: int) -> tuple[Decimal, int]:
+        """Return the sampling rate and the steps with which a device charges itself for a round of `steps` steps.
+
+        Of unit `device` it is one step of a mechanism that all take part in: no device can see that others could have
+        been drawn in its place.
+        """
+        return (self.sampling_rate, steps) if self.unit is Unit.SAMPLE else (Decimal(1), 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPlan:
@@ -57,9 +65,9 @@ class TrainingPlan:
 
     Attributes:
         rounds: Rounds of the run; >= 1.
-        steps: DP-SGD steps a device makes in one round; >= 1.
-        expected_batch: Fixed denominator of a step's sum, in samples; > 0. A constant of the plan,
-            never the private number of samples.
+        steps: Steps a device makes in one round; >= 1.
+        expected_batch: Of unit `sample` the fixed denominator of a step's sum, in samples, a constant of the plan and
+            never the private number of samples; of unit `device` the samples that a step expects; > 0.
         learning_rate: Of the device's optimiser; > 0.
         momentum: Of the device's SGD, begun anew each round; [0, 1); 0 for Adam.
         optimizer: Of the device; its state begins anew each round.

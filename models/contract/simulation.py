@@ -1,12 +1,14 @@
 """What `fl-server simulate` says to a process that plays some of its devices, on its standard input.
 
     in   one `SimulationJob`, a line; then for every round one `VirtualRound`, a line, and the round's parameters
-    out  for every round one update for each of its envelopes, in their order
+    out  for every round one update for each of its envelopes, in their order: its length in 4 bytes, then as it travels
 
-Parameters and updates are little-endian float32, 4 bytes a parameter.
+Parameters are little-endian float32, 4 bytes a parameter.
 """
 
 from dataclasses import dataclass
+
+UPDATE_LENGTH_BYTES = 4  # little-endian, before each update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

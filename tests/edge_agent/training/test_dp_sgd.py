@@ -8,9 +8,9 @@ from hypothesis.extra.numpy import arrays
 
 from edge_agent.errors import StalledError
 from edge_agent.training.dp_sgd import StepGraph, local_training, open_step_graph
-from edge_agent.training.noise import GRID_SLACK, draw_gaussian, draw_poisson
 from models.contract.manifest import TRAIN_STEP_NAME
 from models.contract.privacy import Unit
+from models.tensors.noise import GRID_SLACK, draw_gaussian, draw_poisson
 from tests.simulators.step_graph import (
     FAULTS,
     build_privacy,

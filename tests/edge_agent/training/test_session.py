@@ -8,11 +8,11 @@ from edge_agent.errors import StalledError
 from edge_agent.training.budget import compute_total
 from edge_agent.training.dp_sgd import StepGraph, local_training
 from edge_agent.training.ledger import open_ledger
-from edge_agent.training.noise import draw_gaussian, draw_poisson
 from edge_agent.training.session import TrainingSession
 from edge_agent.training.updates import UpdateStore
 from models.contract.encoding import build_digest
 from models.contract.privacy import Unit
+from models.tensors.noise import draw_gaussian, draw_poisson
 from models.tensors.uplink import decode_update
 from tests.simulators.crash import crash_points, run_until_crash
 from tests.simulators.step_graph import build_privacy, build_step_graph, build_step_manifest, build_training

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
-from edge_agent.training.noise import (
+from models.tensors.noise import (
     GRID_SLACK,
     Keystream,
     add_on_grid,
