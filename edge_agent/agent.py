@@ -25,6 +25,7 @@ from edge_agent.http.samples import parse_samples
 from edge_agent.http.server import bind_sockets
 from edge_agent.inference.sandbox import try_in_sandbox
 from edge_agent.link.mqtt import Broker, Link
+from edge_agent.lock import holding_lock
 from edge_agent.model_server import ModelServer, find_agent_version
 from edge_agent.monitor.telemetry import read_rss_mb
 from edge_agent.owner import OwnerStatus, load_privacy_report
@@ -57,13 +58,14 @@ def run_agent(settings: AgentSettings) -> None:
         settings.state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"{error.filename}: {error.strerror}") from error
-    sockets = bind_sockets(settings.http.host, settings.http.port, settings.uds_path)
-    try:
-        agent = Agent(settings, root, sockets)
-    except OSError as error:
-        raise StalledError(f"{error.filename}: {error.strerror}") from error
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(agent.run())
+    with holding_lock(settings.state_dir):
+        sockets = bind_sockets(settings.http.host, settings.http.port, settings.uds_path)
+        try:
+            agent = Agent(settings, root, sockets)
+        except OSError as error:
+            raise StalledError(f"{error.filename}: {error.strerror}") from error
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(agent.run())
 
 
 class Agent:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import importlib.metadata
+import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -125,8 +126,9 @@ class ModelServer:
 
 
 def _bind_grpc(app: App, host: str, port: int) -> "GrpcServer":
+    os.environ["GRPC_VERBOSITY"] = "NONE"  # what its log would say, callers and our own say
     try:
-        from edge_agent.rpc.server import GrpcServer  # 20 MB that only who turns it on pays for
+        from edge_agent.rpc.server import GrpcServer  # 15 MB that only who turns it on pays for
     except ImportError as error:
         raise SettingsError(f"gRPC needs `pip install 'edge-fl[grpc]'`: {error}") from error
     return GrpcServer(app, host, port)

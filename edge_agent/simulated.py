@@ -90,9 +90,8 @@ class _Devices:
             update = bounded_training(self._step, x, y, parameters, *plans, sampler)
         else:
             update = local_training(self._step, x, y, parameters, *plans, noise, sampler)
-        return encode_update(
-            update, order.training.uplink, np.random.default_rng(int.from_bytes(entropy(16), "little"))
-        )
+        rounding = np.random.default_rng(int.from_bytes(entropy(16), "little"))
+        return encode_update(update, order.training.uplink, rounding)
 
 
 def _choose_entropy(seed: int | None, purpose: str) -> Entropy:

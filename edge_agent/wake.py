@@ -68,9 +68,8 @@ class TrainingDesk:
         await self._supervisor.stop()
 
     def _accept(self, payload: bytes) -> "WakeCommand":
-        from edge_agent.link.commands import (
-            CommandGate,
-        )  # brings cryptography: 8 MB that a device that only serves saves
+        # Here, since it brings cryptography: 8 MB that a device that only serves saves.
+        from edge_agent.link.commands import CommandGate
 
         gate = CommandGate(
             self._settings.state_dir / "sequence.json",

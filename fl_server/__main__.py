@@ -173,6 +173,13 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         help="share of updates that the clipping norm is to leave uncut, round by round; of unit device",
     )
     parser.add_argument(
+        "--participation",
+        choices=("hidden", "visible"),
+        default="hidden",
+        help="visible claims no amplification, for who can see which devices take part; of unit device "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--server-optimizer",
         choices=OPTIMIZER_NAMES,
         default="fedavg",
@@ -206,6 +213,12 @@ def _add_simulate(subparsers: _Subparsers) -> None:
         type=int,
         metavar="S",
         help="repeats a run bit by bit, without privacy (default: the system's entropy)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("inline", "ray"),
+        default="inline",
+        help="a process a core, or Flower's simulation engine (extra: simulation); default: %(default)s",
     )
     parser.add_argument("--report", type=Path, required=True, metavar="FILE.json", help="what was measured")
     parser.set_defaults(execute=commands.run_simulate)

@@ -72,7 +72,7 @@ def _load_earlier(runs_dir: Path, spec: RunSpec) -> tuple[Phase, ...]:
         asked = min((checkpoint.round if checkpoint else 0) + 1, earlier.training.rounds)
         phases.append(
             Phase(
-                sampling_rate=earlier.privacy.sampling_rate,
+                sampling_rate=earlier.privacy.claimed_rate,
                 noise_multiplier=earlier.privacy.noise_multiplier,
                 steps=asked * count_steps(earlier.privacy.unit, earlier.training.steps),
             )

@@ -174,6 +174,7 @@ def run_simulate(arguments: Namespace) -> None:
         train_dir=arguments.train,
         test_dir=arguments.test,
         seed=arguments.seed,
+        engine=arguments.engine,
         report_path=arguments.report,
     )
 
@@ -190,6 +191,7 @@ def _build_train_request(arguments: Namespace, model: str) -> TrainRequest:
                 momentum=arguments.server_momentum,
             ),
             clipping_quantile=arguments.clipping_quantile,
+            participation=arguments.participation,
             epsilon=arguments.epsilon,
             delta=arguments.delta,
             sampling_rate=arguments.sampling_rate,

@@ -14,7 +14,7 @@ from fl_server.rounds.optimizers import FEDAVG, ServerOptimizer
 from fl_server.rounds.rule import MEAN, Aggregation
 from fl_server.rounds.run import check_quantile
 from models.contract.encoding import build_json, parse_json
-from models.contract.privacy import TrainingPlan, Unit
+from models.contract.privacy import Participation, TrainingPlan, Unit
 from models.contract.topics import check_name
 
 LINES_KEPT = 10_000  # of each job; older ones go: what a device reports must not fill the disk
@@ -67,6 +67,7 @@ class TrainRequest:
     unit: Unit = Unit.SAMPLE
     optimizer: ServerOptimizer = FEDAVG
     clipping_quantile: Decimal | None = None
+    participation: Participation = "hidden"
 
     def __post_init__(self) -> None:
         check_name(self.model, "model")

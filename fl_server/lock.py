@@ -1,12 +1,13 @@
-"""One coordinator a directory: a lock that the kernel gives back however its holder ends."""
+"""One coordinator a directory."""
 
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fl_server.errors import ServerError
+from models.contract.files import locking
 
 
 @contextmanager
@@ -16,15 +17,12 @@ def holding_lock(path: Path) -> Iterator[None]:
     Raises:
         ServerError: Another process holds it.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locking(path))
         except BlockingIOError as error:
             raise ServerError(f"a coordinator is running in {path.parent} already") from error
         yield
-    finally:
-        os.close(descriptor)
 
 
 def is_locked(path: Path) -> bool:

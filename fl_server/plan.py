@@ -83,6 +83,7 @@ def build_privacy(request: TrainRequest, *, devices: int) -> PrivacyPlan:
         epsilon=request.epsilon,
         steps=request.training.steps,
         rounds=request.training.rounds,
+        participation=request.participation,
     )
     if request.unit is Unit.DEVICE and privacy.delta * devices > 1:
         raise UsageError(

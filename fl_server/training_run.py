@@ -28,7 +28,7 @@ from fl_server.plan import build_spec
 from fl_server.release import Releases
 from fl_server.rounds import run as rounds
 from fl_server.rounds.events import Abandoned, Done, Event, Joined, RoundCompleted, UpdateRefused, parse_event
-from fl_server.spent import keep_spent
+from fl_server.spent import keep_spent, keep_spooled
 from fl_server.superlink import SuperLink
 from models.contract.encoding import build_json, parse_json
 from models.contract.files import save_atomically
@@ -219,7 +219,9 @@ class TrainingRun:
                 await self.wake_absent()
             case RoundCompleted():
                 keep_spent(self._services.roster, spec, event.round, event.accepted)
-                self._absent = set(spec.devices) - set(event.accepted)
+                # Of unit device all are woken alike: what travels must not tell who took part.
+                seen = set(event.accepted) if spec.privacy.unit is Unit.SAMPLE else set()
+                self._absent = set(spec.devices) - seen
                 self._woken_again.clear()
                 await self.wake_absent()
                 await self._conclude(spec, event)
@@ -227,6 +229,7 @@ class TrainingRun:
                 keep_spent(self._services.roster, spec, event.round, (event.device,))
                 self._say(f"round {event.round}: the update of {event.device} does not count: {event.reason}")
             case Abandoned():
+                keep_spooled(self._services.roster, spec, self._run_dir, event.round)
                 self._say(f"round {event.round} was abandoned: {event.reason}")
                 self._absent = set(spec.devices)
                 self._woken_again.clear()

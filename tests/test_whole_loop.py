@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,9 @@ SPLITS = digits.load_splits(DEVICES, 0)
 
 
 @pytest.fixture
-def federation(tmp_path: Path) -> Iterator[LocalFederation]:
-    """Three devices with samples of their own, all on version 1."""
+def federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalFederation]:
+    """Three devices with samples of their own, all on version 1, whose owners allow more than one run."""
+    monkeypatch.setenv("EDGE_AGENT_PRIVACY__EPSILON_LIMIT", "20")
     with LocalFederation(
         tmp_path / "federation", definition=DEFINITION, model="digits", validation=validation()
     ) as federation:
@@ -44,7 +46,7 @@ def federation(tmp_path: Path) -> Iterator[LocalFederation]:
 def test_devices_learn_and_serve_what_was_learnt_through_kills_of_everything(federation: LocalFederation) -> None:
     clients = [Client(device.port, "digits", "image") for device in federation.devices]
     load = LoadGenerator(clients, SPLITS.test.x, requests_per_s=50)
-    with training(federation) as command:
+    with training(federation, "--rounds", str(ROUNDS)) as command:
         wait_for_an_update(federation, round_number=1)
         kill_coordinator_and_restart(federation)
         wait_for_an_update(federation, round_number=2)
@@ -68,20 +70,32 @@ def test_devices_learn_and_serve_what_was_learnt_through_kills_of_everything(fed
             (spent,) = agent.get("/v1/privacy")["spent"]
         assert spent["rounds"] == ROUNDS
         assert 0 < float(spent["epsilon"]) <= float(result["epsilon"]) <= 8
-    crash_and_recover(federation, federation.devices[0], champion)
+    reinstall_and_train_again(federation, federation.devices[0], champion)
 
 
-def crash_and_recover(federation: LocalFederation, device: LocalDevice, version: int) -> None:
+def reinstall_and_train_again(federation: LocalFederation, device: LocalDevice, version: int) -> None:
+    """Kill a device's agent and wipe its ledger: it goes on with what the coordinator remembers."""
     assert device.agent is not None
     device.agent.kill()
+    ledger_path = device.config_path.parent / "state/training/ledger.jsonl"
+    before = parse_ledger(ledger_path.read_bytes())[0]
+    shutil.rmtree(ledger_path.parent)
     device.start()
     federation.wait_until(lambda: device.get_version("digits") == version, "the killed agent to serve again")
+    with training(federation, "--rounds", "1", "--epsilon", "2") as command:
+        finish(command)
+    restored, spend = parse_ledger(ledger_path.read_bytes())[0]
+    assert restored.restored_from is not None
+    assert spend.epsilon_before == restored.epsilon_after == before[-1].epsilon_after
+    with AgentClient(device.socket_path) as agent:
+        (spent,) = agent.get("/v1/privacy")["spent"]
+    assert float(spent["epsilon"]) == float(spend.epsilon_after) > float(before[-1].epsilon_after)
 
 
 @contextmanager
-def training(federation: LocalFederation) -> Iterator[subprocess.Popen[str]]:
+def training(federation: LocalFederation, *options: str) -> Iterator[subprocess.Popen[str]]:
     command, environment = federation.fl_server_command(
-        "train", "digits", "--json", "--rounds", str(ROUNDS), "--steps", "3", "--learning-rate", "0.5"
+        "train", "digits", "--json", "--steps", "3", "--learning-rate", "0.5", *options
     )
     process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
     try:

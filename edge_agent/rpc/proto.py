@@ -11,7 +11,7 @@ from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-_TOKENS = re.compile(r"//[^\n]*|(\"[^\"]*\"|[\w.]+|[{}()<>=;,])")
+_TOKENS = re.compile(r"//[^\n]*|(\"[^\"]*\"|[\w.]+|[^\w\s])")
 _Field = descriptor_pb2.FieldDescriptorProto
 _SCALARS = {
     "bool": _Field.TYPE_BOOL,

@@ -1,5 +1,6 @@
 """The gRPC server: what it listens on and what callers may take of it."""
 
+import asyncio
 import ipaddress
 from typing import Final
 
@@ -11,6 +12,7 @@ from edge_agent.http.listener import Limits
 from edge_agent.rpc.service import SERVICE, GrpcService
 from models.contract.settings import SettingsError
 
+_FAREWELL_S: Final = 0.25  # gRPC breaks off what arrives while it shuts down; until then callers are told so
 _IDENTITY_ONLY: Final = 1 << 0  # of the compression algorithms: nothing is unpacked, as over HTTP
 
 
@@ -38,7 +40,8 @@ class GrpcServer:
         await self._server.start()
 
     async def stop(self) -> None:
-        """Return when what has begun is answered; nothing new is taken meanwhile."""
+        """Return when what has begun is answered; nothing new is taken meanwhile, if `app` is draining."""
+        await asyncio.sleep(_FAREWELL_S)
         await self._server.stop(self._limits.drain_s)
 
 

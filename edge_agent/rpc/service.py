@@ -68,10 +68,11 @@ class GrpcService:
         self._limits = limits
         self._buffered_bytes = 0
         self._messages = load_messages()
+        models = app.device.models
         methods: dict[str, _Method] = {
             "ServerLive": lambda _message, _headers: {"live": True},
-            "ServerReady": lambda _message, _headers: {"ready": self._is_ready(None, None)},
-            "ModelReady": lambda message, _headers: {"ready": self._is_ready(message.name, message.version or None)},
+            "ServerReady": lambda _message, _headers: {"ready": models.is_ready()},
+            "ModelReady": lambda message, _headers: {"ready": models.is_ready(message.name, message.version or None)},
             "ServerMetadata": lambda _message, _headers: describe.describe_server(app.device.agent_version),
             "ModelMetadata": self._describe_model,
             "ModelInfer": self._infer,
@@ -103,6 +104,8 @@ class GrpcService:
     async def _answer(self, kind: Any, method: _Method, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         headers = _build_headers(context)
         check_origin(headers)
+        if self._app.is_draining:
+            raise RequestError("the agent ends and takes no more requests", status=503)
         data = await self._read(context)
         self._buffered_bytes += len(data)
         try:
@@ -128,9 +131,6 @@ class GrpcService:
         call = GrpcCall(message, headers, self._messages["ModelInferResponse"], answered)
         self._app.inference.begin(call, message.model_name, message.model_version or None)
         return await answered
-
-    def _is_ready(self, name: str | None, version: str | None) -> bool:
-        return self._app.device.models.is_ready(name, version) and not self._app.is_draining
 
     def _describe_model(self, message: Any, _headers: _Headers) -> dict[str, Any]:
         models = self._app.device.models

@@ -85,7 +85,7 @@ class TrainingSession:
             run=order.run,
             round=order.round,
             privacy=order.privacy,
-            steps=order.training.steps,
+            steps=order.privacy.count_charged_steps(order.training),
         )
         limits = Limits(
             epsilon=self.job.epsilon_limit,

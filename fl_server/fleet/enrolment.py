@@ -38,7 +38,8 @@ ca_path = "ca.pem"
 node_key_path = "node.key"     # this device's identity in training: keep it secret
 
 [privacy]                      # the owner's own limits, held over any plan of the coordinator
-epsilon_limit = "8"            # largest total epsilon
+epsilon_limit = "8"            # largest epsilon of one model, over the device's lifetime
+# total_epsilon_limit = "8"    # of all models together; without it as much as of one
 noise_multiplier_limit = "0"   # smallest noise multiplier
 delta = "0.001"
 

@@ -107,7 +107,9 @@ def avg_pool2d_backward(
 ) -> Tensor:
     """Return the gradient spread evenly over each window, as a transposed convolution."""
     if ceil_mode or (any(padding) and not count_include_pad):
-        raise NotImplementedError("average pooling with ceil_mode or count_include_pad=False")
+        raise NotImplementedError(
+            "average pooling with ceil_mode or count_include_pad=False: leave both at their defaults"
+        )
     stride, channels = stride or kernel, inputs.shape[-3]
     weight = torch.full((channels, 1, *kernel), 1 / (divisor or kernel[0] * kernel[1]))
     extra = _output_padding_of(inputs, gradient, kernel, stride, padding, (1, 1))

@@ -4,9 +4,10 @@ Of unit `sample` by RDP, as devices account for themselves and must not find mor
 tighter, and whose steps are the run's rounds.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_UP, Decimal
 from functools import lru_cache
 
@@ -15,18 +16,22 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
 from fl_server.errors import UsageError
-from models.contract.privacy import PrivacyPlan, Unit
+from models.contract.privacy import Participation, PrivacyPlan, Unit
 
 MARGIN = Decimal("0.995")  # the device's own accountant interpolates orders differently and must not say more
 NOISE_STEP = Decimal("0.0001")
 NOISE_MAX = Decimal(1000)  # beyond it nothing is learnt from any cohort
 _EPSILON_STEP = Decimal("0.0001")
-_PLD_INTERVAL = 1e-3  # of the privacy loss, rounded up: ten times the default, a tenth of the time, .002 of epsilon more
+_PLD_INTERVAL = 1e-3  # of the privacy loss, rounded up: ten times the default and a tenth of the time
 _PLD_STEP = Decimal("0.001")  # of the noise multiplier
 # Renyi orders: each alone bounds epsilon, the best of many bounds it tightly. Whole ones cost a hundredth of others.
 _ORDERS = (*(1 + x / 10 for x in range(1, 100)), *map(float, range(11, 64)), 128.0, 256.0, 512.0, 1024.0)
 _QUICK_ORDERS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 11.0, 16.0, 24.0, 32.0, 48.0, 63.0, 128.0, 256.0)
 _NEIGHBOURS = 2  # orders on each side of the best that are tried beside it: it moves a little with the noise
+
+
+# It warns of each order that it leaves out, which can only raise the bound: a line for each noise that is tried.
+logging.getLogger("absl").addFilter(lambda record: "dp_accounting" not in record.pathname)
 
 
 def build_privacy_plan(
@@ -38,6 +43,7 @@ def build_privacy_plan(
     epsilon: Decimal,
     steps: int,
     rounds: int,
+    participation: Participation = "hidden",
 ) -> PrivacyPlan:
     """Return the plan of `unit` whose `rounds` of `steps` steps spend at most `epsilon` at `delta`.
 
@@ -52,24 +58,19 @@ def build_privacy_plan(
             sampling_rate=sampling_rate,
             delta=delta,
             epsilon=epsilon,
+            participation=participation,
         )
     except ValueError as error:
         raise UsageError(f"privacy: {error}") from error
     if steps < 1 or rounds < 1:
         raise UsageError(f"privacy: {rounds} rounds of {steps} steps, both must be >= 1")
+    rate = bound.claimed_rate
     noise_multiplier = calibrate_noise_multiplier(
-        sampling_rate=sampling_rate, steps=count_steps(unit, steps) * rounds, delta=delta, epsilon=epsilon
+        sampling_rate=rate, steps=count_steps(unit, steps) * rounds, delta=delta, epsilon=epsilon
     )
     if unit is Unit.DEVICE:
-        noise_multiplier = _lower_noise(noise_multiplier, sampling_rate, rounds, delta, epsilon)
-    return PrivacyPlan(
-        unit=bound.unit,
-        clipping_norm=clipping_norm,
-        noise_multiplier=noise_multiplier,
-        sampling_rate=sampling_rate,
-        delta=delta,
-        epsilon=epsilon,
-    )
+        noise_multiplier = _lower_noise(noise_multiplier, rate, rounds, delta, epsilon)
+    return replace(bound, noise_multiplier=noise_multiplier)
 
 
 def count_steps(unit: Unit, steps: int) -> int:

@@ -18,9 +18,16 @@ TRUST_MODELS = {
         "epsilon) over any plan. A person with k records loses more than k times epsilon."
     ),
     Unit.DEVICE: (
-        "Protects all that one device holds against those who see models, trusting the coordinator: it sees each "
-        "update before the noise, draws the cohorts and keeps them to itself."
+        "Protects all that one device holds against those who see models, trusting the coordinator, which sees each "
+        "update before there is noise on it and draws the cohorts."
     ),
+}
+PARTICIPATION = {
+    "hidden": (
+        " Amplification by sampling assumes that nobody but the coordinator sees which devices took part: the broker "
+        "must let a device alone read its commands, and the coordinator alone what devices say."
+    ),
+    "visible": " Others may see which devices took part, so no amplification by sampling is claimed.",
 }
 
 
@@ -38,7 +45,7 @@ def build_statement(
     """
     saw_data = rounds_done > 0
     phase = Phase(
-        sampling_rate=plan.sampling_rate,
+        sampling_rate=plan.claimed_rate,
         noise_multiplier=plan.noise_multiplier,
         steps=count_steps(plan.unit, steps) * rounds_done,
     )
@@ -50,5 +57,5 @@ def build_statement(
         mechanism=MECHANISMS[plan.unit],
         accountant=ACCOUNTANTS[plan.unit],
         expected_cohort=cohort if saw_data else 0,
-        trust_model=TRUST_MODELS[plan.unit],
+        trust_model=TRUST_MODELS[plan.unit] + (PARTICIPATION[plan.participation] if plan.unit is Unit.DEVICE else ""),
     )

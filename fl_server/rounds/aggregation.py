@@ -1,13 +1,19 @@
 """Which updates count, and what they come to. Pure."""
 
 import math
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from models.contract.privacy import Uplink
 from models.tensors.layout import Vector
 from models.tensors.norms import l2_norm
 from models.tensors.uplink import decode_update
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+
+_BLOCK = 1 << 16  # values
 
 
 def check_update(data: bytes, *, size: int, norm_limit: float, uplink: Uplink = "float32") -> Vector | str:
@@ -44,3 +50,16 @@ class SumFold:
         """Count one update, shape (size,), finite."""
         self.sum += update
         self.count += 1
+
+    def finish(self, denominator: float) -> Floats:
+        """Return the sum over `denominator`, in the sum's own memory: the fold is over."""
+        return np.divide(self.sum, denominator, out=self.sum)
+
+
+def move(parameters: Vector, step: Floats) -> Vector:
+    """Return `parameters` moved by `step`, both shape (n,); float32."""
+    moved = np.empty(parameters.size, np.float32)
+    for start in range(0, moved.size, _BLOCK):  # no second vector of float64
+        block = slice(start, start + _BLOCK)
+        moved[block] = parameters[block] + step[block]
+    return moved

@@ -6,10 +6,7 @@ from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
-from fl_server.rounds.aggregation import SumFold, check_update
+from fl_server.rounds.aggregation import Floats, SumFold, check_update
 from fl_server.rounds.events import UpdateRefused
 from fl_server.rounds.flower import Reply
 from fl_server.rounds.mechanism import (
@@ -71,14 +68,14 @@ class Attempt:
             self._count(update)
         return None
 
-    def compute_step(self, entropy: Entropy) -> npt.NDArray[np.float64]:
+    def compute_step(self, entropy: Entropy) -> Floats:
         """Return what the run's rule makes of the accepted updates, shape (n,); of unit `device` with its noise on it.
 
         What it returns has not been seen by anybody, so that a killed driver may draw other noise.
         """
         spec = self._spec
         if spec.privacy.unit is Unit.DEVICE:
-            total = noise_sum(
+            noise_sum(
                 self.fold.sum,
                 clipping_norm=float(self._privacy.clipping_norm),
                 noise_multiplier=compute_sum_noise(
@@ -86,9 +83,9 @@ class Attempt:
                 ),
                 entropy=entropy,
             )
-            return total / self._expected_cohort
+            return self.fold.finish(self._expected_cohort)
         if spec.aggregation.rule == "mean":
-            return self.fold.sum / max(self.fold.count, 1)
+            return self.fold.finish(self.fold.count)
         return aggregate(
             self.spool.read_columns,
             count=len(self.spool.devices),

@@ -19,11 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TextIO
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from fl_server.errors import RunError
+from fl_server.rounds.aggregation import move
 from fl_server.rounds.attempt import Attempt
 from fl_server.rounds.events import Abandoned, Done, Event, Joined, RoundCompleted
 from fl_server.rounds.flower import Reply, Session, SessionLostError
@@ -59,6 +59,8 @@ SESSIONS_MAX = 10  # lost in one round, before the run is given up: it is the ro
 POLL_FIRST_S, POLL_GROWTH, POLL_MAX_S = 0.1, 1.2, 0.5
 ONLINE_POLL_S = 0.25
 REOPEN_S = 1.0
+_TOO_FEW_ONLINE = "fewer of the devices that were drawn are online than the quorum asks for"
+_TOO_FEW_UPDATES = "fewer updates came than the quorum asks for"
 
 
 class StoppedError(RunError):
@@ -192,6 +194,8 @@ class Driver:
                 return online
             if decision is Decision.ABANDON:
                 reason = f"{ready} of {len(nodes)} devices are online, the quorum is {quorum}"
+                if self._privacy.unit is Unit.DEVICE:
+                    reason = _TOO_FEW_ONLINE  # how many were drawn stays here
                 self._emit(Abandoned(round=self._completed + 1, reason=reason))
                 raise RunError(f"round {self._completed + 1}: {reason}")
             self._words.pause(ONLINE_POLL_S)
@@ -240,8 +244,8 @@ class Driver:
 
     def _complete(self, attempt: Attempt) -> None:
         step = attempt.compute_step(self._entropy)
-        moved, self._moments = take_step(self._spec.optimizer, self._moments, step)
-        self._parameters = (self._parameters + moved).astype(np.float32)
+        step, self._moments = take_step(self._spec.optimizer, self._moments, step)
+        self._parameters = move(self._parameters, step)
         self._privacy = attempt.adapt_clipping(self._entropy)
         if self._moments.first.size:
             save_moments(self._run_dir, attempt.number, self._moments)
@@ -272,6 +276,8 @@ class Driver:
 
     def _abandon(self, attempt: Attempt) -> None:
         reason = f"{attempt.fold.count} of {len(attempt.cohort)} updates, the quorum is {attempt.quorum}"
+        if self._privacy.unit is Unit.DEVICE:
+            reason = _TOO_FEW_UPDATES
         self._emit(Abandoned(round=attempt.number, reason=reason))
         self._abandoned += 1
         if self._abandoned > RETRIES:

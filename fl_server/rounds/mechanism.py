@@ -58,11 +58,10 @@ def compute_sum_noise(plan: PrivacyPlan, expected_cohort: float, *, is_adaptive:
     return 1 / math.sqrt(noise_multiplier**-2 - of_count**-2)
 
 
-def noise_sum(total: _Floats, *, clipping_norm: float, noise_multiplier: float, entropy: Entropy) -> _Floats:
-    """Return the noised `total`, a sum of updates of L2 norm `clipping_norm` at most; shape (n,), overwritten."""
+def noise_sum(total: _Floats, *, clipping_norm: float, noise_multiplier: float, entropy: Entropy) -> None:
+    """Noise `total`, a sum of updates of L2 norm `clipping_norm` at most; shape (n,), overwritten."""
     noise = draw_gaussian(total.size, noise_multiplier * clipping_norm * _SENSITIVITY, entropy)
     add_on_grid(total, noise, build_grid(total.size, clipping_norm))
-    return total
 
 
 def is_uncut(norm: float, clipping_norm: float) -> bool:

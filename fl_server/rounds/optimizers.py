@@ -70,10 +70,10 @@ def begin_moments(optimizer: ServerOptimizer, size: int) -> Moments:
 
 
 def take_step(optimizer: ServerOptimizer, moments: Moments, step: _Floats) -> tuple[_Floats, Moments]:
-    """Return by what the parameters move for a round's `step`, shape (n,), and the moments after it."""
+    """Return by what the parameters move for a round's `step`, shape (n,), overwritten, and the moments after it."""
     rate, decay = float(optimizer.learning_rate), float(optimizer.momentum)
     if optimizer.name == "fedavg":
-        return rate * step, moments
+        return np.multiply(step, rate, out=step), moments
     if optimizer.name == "fedavgm":
         first = decay * moments.first + step
         return rate * first, Moments(first, moments.second)

@@ -16,6 +16,11 @@ Matrix: TypeAlias = npt.NDArray[np.float32]
 _SUFFIX = ".f32"
 
 
+def list_spooled(directory: Path) -> set[str]:
+    """Return whose updates are in `directory`, which another process may be changing."""
+    return {path.name.removesuffix(_SUFFIX) for path in directory.glob(f"[!.]*{_SUFFIX}")}
+
+
 class Spool:
     """One round's updates in `directory`: raw little-endian float32, one file a device."""
 

@@ -1,7 +1,6 @@
 """`fl-server simulate`: checks, one run, and its `report.json` in the form of the demo's."""
 
 import json
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from fl_server.packaging.export import export_architecture
 from fl_server.packaging.losses import build_target_spec
 from fl_server.plan import build_privacy
 from fl_server.simulation.data import check_plan, load_samples
-from fl_server.simulation.simulate import Result, Simulation
+from fl_server.simulation.simulate import Engine, Result, Simulation
 from models.definitions import ModelDefinition
 
 SEEDED = "follows from the seed: whoever knows it can take the noise off again, so this run is not private"
@@ -26,6 +25,7 @@ def simulate(
     train_dir: Path,
     test_dir: Path,
     seed: int | None,
+    engine: Engine,
     report_path: Path,
 ) -> None:
     """Simulate one run, tell of every round on standard output, and write the report.
@@ -34,7 +34,6 @@ def simulate(
         UsageError: The plan cannot be met, or the data does not fit; said before anything is trained.
         ServerError: The definition cannot be trained, or the run failed.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of each order left out, which only raises the bound
     if report_path.is_dir() or not report_path.absolute().parent.is_dir():
         raise UsageError(f"--report is {report_path}, must be a file in a folder that exists")
     target = build_target_spec(definition)
@@ -49,7 +48,8 @@ def simulate(
         _say(f"exporting {definition.name}; once, it takes some seconds")
         architecture = export_architecture(definition, Path(scratch, "architecture"))
         simulation = Simulation(definition, architecture, Path(scratch), _say)
-        result = simulation.run(request, {name: samples.path for name, samples in train.items()}, test, seed=seed)
+        paths = {name: samples.path for name, samples in train.items()}
+        result = simulation.run(request, paths, test, seed=seed, engine=engine)
     document = build_report(result, seed=seed)
     report_path.write_text(json.dumps(document, indent=1) + "\n")
     _say(f"noise {document['noise']['note']}")

@@ -9,15 +9,20 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from fl_server.claim import count_cohort
+from fl_server.errors import UsageError
 from fl_server.evaluation.evaluate import Evaluator
 from fl_server.evaluation.gate import GateRules, decide_promotion
 from fl_server.evaluation.metrics import get_metric_name
@@ -26,12 +31,12 @@ from fl_server.packaging.architecture import Architecture
 from fl_server.packaging.package import describe_file
 from fl_server.plan import build_privacy, compute_norm_limit
 from fl_server.privacy.statement import build_statement
-from fl_server.rounds.driver import Driver
+from fl_server.rounds.driver import Driver, Exchange
 from fl_server.rounds.events import Event, RoundCompleted, UpdateRefused
 from fl_server.rounds.run import PARAMETERS_NAME, RunSpec, build_round_dir, create_run, load_parameters
 from fl_server.simulation.data import Samples
-from fl_server.simulation.workers import VirtualDevices
-from models.contract.encoding import build_digest
+from fl_server.simulation.workers import VirtualDevices, measure_mb, play
+from models.contract.encoding import build_digest, build_json
 from models.contract.manifest import (
     EVALUATE_NAME,
     INFERENCE_NAMES,
@@ -52,6 +57,7 @@ _FOREVER_S = 1e6  # virtual devices are never late
 _ORDER_KEY_NAME, _GRAPH_DIR_NAME, _RUN_DIR_NAME = "order-key.pem", "version", "run"
 _DIGITS = Decimal("0.000001")
 
+Engine: TypeAlias = Literal["inline", "ray"]
 Say = Callable[[str], None]
 
 
@@ -111,7 +117,13 @@ class Simulation:
         self._evaluator = Evaluator(architecture.evaluate_path, architecture.training, definition.metric)
 
     def run(
-        self, request: TrainRequest, train: Mapping[str, Path], test: Mapping[str, Samples], *, seed: int | None
+        self,
+        request: TrainRequest,
+        train: Mapping[str, Path],
+        test: Mapping[str, Samples],
+        *,
+        seed: int | None,
+        engine: Engine = "inline",
     ) -> Result:
         """Simulate one run.
 
@@ -120,9 +132,10 @@ class Simulation:
             train: The file of x and y of each device, by its name, already checked.
             test: What is measured after every round; never trained on.
             seed: All randomness follows from it, which is not private; None draws from the operating system.
+            engine: Who runs the devices: a process a core, or Flower's simulation engine on Ray.
 
         Raises:
-            UsageError: No noise keeps the budget.
+            UsageError: No noise keeps the budget, or the engine is not installed.
             RunError: A process of virtual devices failed.
         """
         started, metric_name = time.monotonic(), get_metric_name(self._definition.metric)
@@ -139,13 +152,19 @@ class Simulation:
             samples={name: str(path) for name, path in train.items()},
             seed=seed,
         )
-        devices = VirtualDevices(job, scratch_dir=self._scratch_dir)
         course = _Course(self._evaluator, metric_name, spec, test, run_dir, self._say)
         course.conclude(0)
         entropy = os.urandom if seed is None else Keystream(random.Random(f"{seed} coordinator").randbytes)
-        Driver(
-            run_dir, words=_Unattended(), emit=course.take, open_exchange=lambda _spec: devices, entropy=entropy
-        ).run()
+
+        def drive(exchange: AbstractContextManager[Exchange]) -> None:
+            Driver(
+                run_dir, words=_Unattended(), emit=course.take, open_exchange=lambda _spec: exchange, entropy=entropy
+            ).run()
+
+        if engine == "ray":
+            _run_on_ray(job, spec, self._scratch_dir, drive)
+        else:
+            drive(VirtualDevices(job, scratch_dir=self._scratch_dir))
         return Result(
             model=self._definition.name,
             metric_name=metric_name,
@@ -157,7 +176,7 @@ class Simulation:
                 (build_round_dir(run_dir, spec.training.rounds) / PARAMETERS_NAME).read_bytes()
             ),
             seconds=time.monotonic() - started,
-            training_mb=devices.peak_mb,
+            training_mb=course.training_mb,
         )
 
     def _save_key(self, key: Ed25519PrivateKey) -> Path:
@@ -191,6 +210,17 @@ class Simulation:
         )
 
 
+def _run_on_ray(
+    job: SimulationJob, spec: RunSpec, scratch_dir: Path, drive: Callable[[AbstractContextManager[Exchange]], None]
+) -> None:
+    if find_spec("ray") is None:
+        raise UsageError("--engine ray needs Flower's simulation engine: pip install 'edge-fl[simulation]'")
+    from fl_server.rounds.flower.engine import run_on_engine
+
+    train = partial(play, build_json(job), scratch_dir / "workers.log")
+    run_on_engine(sorted(spec.devices), train, lambda exchange: drive(nullcontext(exchange)))
+
+
 class _Unattended:
     """Lets a run go on at once: nobody waits for a round's release."""
 
@@ -220,11 +250,13 @@ class _Course:
         self._best: Quality | None = None
         self._parameters: Vector | None = None
         self.rounds: list[Round] = []
+        self.training_mb = 0.0
 
     def take(self, event: Event) -> None:
         match event:
             case RoundCompleted():
                 self.conclude(event.round)
+                self.training_mb = max(self.training_mb, measure_mb())
                 done = self.rounds[-1]
                 self._say(
                     f"round {done.number}/{self._spec.training.rounds}: {len(event.accepted)} of "

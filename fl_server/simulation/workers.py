@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -19,10 +20,11 @@ import psutil
 
 from fl_server.errors import RunError
 from fl_server.rounds.flower import Reply
-from models.contract.encoding import build_json
+from models.contract.encoding import build_json, parse_json
 from models.contract.simulation import UPDATE_LENGTH_BYTES, SimulationJob, VirtualRound
 from models.tensors.layout import Vector, build_vector_bytes
 
+MODULE = "edge_agent.simulated"
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # as the agent starts its training process
 
 
@@ -33,7 +35,7 @@ class Worker:
         self._log_path = log_path
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "edge_agent.simulated"],
+                [sys.executable, "-m", MODULE],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -41,9 +43,9 @@ class Worker:
             )
         self._write(build_json(job) + b"\n")
 
-    def ask(self, envelopes: Mapping[str, bytes], parameters: Vector) -> None:
-        """Have the devices of `envelopes` train, one after the other."""
-        self._write(build_json(VirtualRound(envelopes=dict(envelopes))) + b"\n" + build_vector_bytes(parameters))
+    def ask(self, envelopes: Mapping[str, bytes], parameters: bytes) -> None:
+        """Have the devices of `envelopes` train on `parameters`, 4 bytes each, one after the other."""
+        self._write(build_json(VirtualRound(envelopes=dict(envelopes))) + b"\n" + parameters)
 
     def read(self) -> bytes:
         """Return the next update, as it travels; raises RunError."""
@@ -53,10 +55,6 @@ class Worker:
         if len(length) < UPDATE_LENGTH_BYTES or len(update) < int.from_bytes(length, "little"):
             raise self._explain()
         return update
-
-    def measure_mb(self) -> float:
-        """Return the memory resident in the process, MB."""
-        return float(psutil.Process(self._process.pid).memory_info().rss / 1e6)
 
     def close(self) -> None:
         """End the process; it holds nothing that anybody needs."""
@@ -95,7 +93,6 @@ class VirtualDevices:
         self._workers: list[Worker] = []
         self._closing = ExitStack()
         self._asked: list[int] = []
-        self.peak_mb = 0.0  # of the largest process, seen after each round
 
     def __enter__(self) -> Self:
         count = min(len(os.sched_getaffinity(0)), len(self._names))
@@ -129,20 +126,41 @@ class VirtualDevices:
         for number, worker in enumerate(self._workers):
             own = {self._names[node]: envelopes[node] for node in self._asked if self._place(node) == number}
             if own:
-                worker.ask(own, parameters)
+                worker.ask(own, build_vector_bytes(parameters))
 
     def collect(self) -> Iterator[Reply]:
         """Yield every reply, in the order of the nodes, as soon as it is there."""
         for node in self._asked:
             yield Reply(node_id=node, update=self._workers[self._place(node)].read())
         self._asked = []
-        self.peak_mb = max(self.peak_mb, *(worker.measure_mb() for worker in self._workers))
 
     def forget(self) -> None:
         """Do nothing: all was answered."""
 
     def _place(self, node: int) -> int:
         return node % len(self._workers)
+
+
+def play(job: bytes, log_path: Path, device_id: str, envelope: bytes, parameters: bytes) -> bytes:
+    """Return the update of one device of `job`, from a process that is started once and ends with this one."""
+    worker = _keep_worker(job, log_path)
+    worker.ask({device_id: envelope}, parameters)
+    return worker.read()
+
+
+@lru_cache(maxsize=1)
+def _keep_worker(job: bytes, log_path: Path) -> Worker:
+    return Worker(parse_json(job, SimulationJob, max_bytes=len(job)), log_path=log_path)
+
+
+def measure_mb() -> float:
+    """Return the memory resident in the largest process that plays devices now, MB."""
+    sizes = [0]
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it ended meanwhile
+            if MODULE in process.cmdline():
+                sizes.append(process.memory_info().rss)
+    return max(sizes) / 1e6
 
 
 def _get(stream: IO[bytes] | None) -> IO[bytes]:

@@ -1,6 +1,9 @@
-"""How a document reaches the disk so that a power cut leaves the old one or the new one, whole."""
+"""How a document reaches the disk so that a power cut leaves the old one or the new one, whole; and who may write it."""
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -25,5 +28,21 @@ def sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locking(path: Path) -> Iterator[None]:
+    """Hold the lock at `path`, a file of its own, while the block lasts; the kernel gives it back however a holder ends.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+        OSError: The file cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
         os.close(descriptor)

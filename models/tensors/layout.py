@@ -18,8 +18,8 @@ def build_vector_bytes(vector: Vector) -> bytes:
 
 
 def parse_vector_bytes(data: bytes) -> Vector:
-    """Return the vector in `data`; raises ValueError if that is no whole number of values."""
-    return np.frombuffer(data, "<f4").astype(np.float32)
+    """Return the vector in `data`, read only; raises ValueError if that is no whole number of values."""
+    return np.frombuffer(data, "<f4").astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

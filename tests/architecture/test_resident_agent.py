@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.simulators.agent import AgentProcess, install_version
+from tests.simulators.agent import AgentProcess, find_free_port, install_version
+from tests.simulators.tiny_models import save_version
 from tests.simulators.waiting import wait_until
 
 REPOSITORY = Path(__file__).parents[2]
@@ -21,10 +22,14 @@ for name in {BLOCKED!r}:
 """
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
+def start(arguments: list[str], stderr: int | None = None) -> subprocess.Popen[str]:
     code = f"{PRELUDE}\nfrom edge_agent.__main__ import main\nsys.exit(main({arguments!r}))"
     return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, text=True
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stderr=stderr,
+        text=True,
     )
 
 
@@ -59,6 +64,15 @@ def test_what_the_agent_may_import_later_is_free_of_the_training_stack(module: s
     subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=True
     )
+
+
+def test_grpc_that_is_not_installed_is_one_line_about_its_extra(tmp_path: Path) -> None:
+    save_version(tmp_path / "v")
+    addresses = ["--http", f"127.0.0.1:{find_free_port()}", "--grpc", f"127.0.0.1:{find_free_port()}"]
+    process = start(["serve", str(tmp_path / "v"), *addresses], stderr=subprocess.PIPE)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert said.startswith("edge-agent: gRPC needs `pip install 'edge-fl[grpc]'`")
 
 
 def test_signing_libraries_stay_out_of_the_resident_process() -> None:

@@ -234,9 +234,22 @@ def test_commands_talk_to_a_running_agent(tmp_path: Path, broker: Mosquitto) -> 
     assert "edge-agent run" in gone.stderr
 
 
-def test_second_agent_on_the_same_socket_is_refused(tmp_path: Path, broker: Mosquitto) -> None:
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({'state_dir = "state"': 'state_dir = "other"'}, "another agent answers there"),
+        ({'/s"': '/other"'}, "state_dir: another agent is running in "),
+    ],
+    ids=["socket", "state directory"],
+)
+def test_second_agent_on_the_same_socket_or_state_directory_is_refused(
+    tmp_path: Path, broker: Mosquitto, other: dict[str, str], said: str
+) -> None:
     with build_device(tmp_path, broker) as device:
         config = device.config_path.read_text().replace(f"port = {device.port}", "port = 65001")
+        for found, instead in other.items():
+            assert found in config
+            config = config.replace(found, instead)
         other_path = device.directory / "other.toml"
         other_path.write_text(config)
         second = subprocess.run(
@@ -247,5 +260,7 @@ def test_second_agent_on_the_same_socket_is_refused(tmp_path: Path, broker: Mosq
             timeout=60,
             check=False,
         )
-        assert second.returncode == 2
-        assert "another agent answers there" in second.stderr
+        assert (second.returncode, second.stderr.count("\n")) == (2, 1)
+        assert said in second.stderr
+        assert (str(device.state_dir) in second.stderr) == ("state_dir" in said)
+        assert device.status()["device_id"] == "device-1"

@@ -67,6 +67,7 @@ def test_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         (GOOD + "[serving]\nchallenger = 'c'\nweight = 0.5\nshadow = true\n", "not both"),
         (GOOD + "[serving]\nshadow = true\n", "serving.challenger"),
         (GOOD + "[privacy]\nepsilon_limit = 'NaN'\n", "privacy.epsilon_limit"),
+        (GOOD + "[privacy]\ntotal_epsilon_limit = '0'\n", "privacy.total_epsilon_limit"),
         (GOOD + "[privacy]\ndelta = '1'\n", "privacy.delta"),
         (GOOD + "[privacy]\nnoise_multiplier_limit = '-1'\n", "privacy.noise_multiplier_limit"),
         (GOOD + "[samples]\nkeep_share = 0\n", "samples.keep_share"),
@@ -121,7 +122,7 @@ def test_port_that_is_taken_ends_the_agent_before_anything_starts(tmp_path: Path
     assert ended.returncode == 2
     assert f"127.0.0.1:{port}" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
-    assert not list((tmp_path / "state").iterdir())
+    assert [path.name for path in (tmp_path / "state").iterdir()] == [".lock"]
 
 
 def test_unix_socket_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -104,6 +104,8 @@ def test_what_cannot_be_served_is_one_line_and_exit_2(tmp_path: Path) -> None:
         ([str(tmp_path / "none")], "none"),
         ([str(tmp_path / "altered")], "inference.onnx"),
         ([str(tmp_path / "v"), "--http", f"127.0.0.1:{port}"], str(port)),
+        ([str(tmp_path / "v"), "--grpc", f"127.0.0.1:{port}"], str(port)),
+        ([str(tmp_path / "v"), "--grpc", f"0.0.0.0:{port}"], "not the loopback"),
     ):
         done = run_to_end(*arguments)
         assert done.returncode == 2, done.stderr

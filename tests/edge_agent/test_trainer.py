@@ -15,11 +15,18 @@ from edge_agent.training.job import build_job, parse_event
 from edge_agent.training.ledger import open_ledger
 from fl_server.rounds.flower import Session
 from fl_server.rounds.run import RunSpec, create_run, load_parameters
+from models.contract.ledger import LedgerHead, Spent
 from models.contract.manifest import MANIFEST_NAME, TRAIN_STEP_NAME
 from tests.simulators.step_graph import FAULTS, build_privacy, build_step_graph, build_training, save_step_version
 from tests.simulators.superlink import running_fleet, wait_until
 from tests.simulators.training import Orders, build_training_job
 
+# A reinstalled device: the coordinator remembers steps under the same plan.
+COPY = LedgerHead(
+    entries=9,
+    digest="d" * 64,
+    spent=(Spent(model="linear", sampling_rate=Decimal("0.1"), noise_multiplier=Decimal(1), steps=10),),
+)
 PROGRAM = [sys.executable, "-m", "edge_agent.trainer"]
 
 
@@ -109,6 +116,17 @@ def test_it_yields_to_serving_and_dies_with_the_agent_that_started_it():
         os.close(writer)
 
 
+def test_device_without_ledger_and_without_copy_does_not_even_join(tmp_path, orders):
+    trainer = start_trainer()
+    job = build_training_job(tmp_path, coordinator_key_pem=orders.key_pem, ledger_copy=None)
+    out, error = trainer.communicate(build_job(job), timeout=60)
+    assert (trainer.returncode, error) == (0, b"")
+    (event,) = [parse_event(line) for line in out.splitlines()]
+    assert event.event == "refused"
+    assert "this device has no privacy ledger" in event.message
+    assert (tmp_path / "training" / LEDGER_NAME).read_bytes() == b""
+
+
 def test_a_run_over_a_real_superlink_trains_charges_and_ends_when_idle(tmp_path, orders):
     with open_samples(tmp_path / "samples.db") as samples:
         generator = np.random.default_rng(0)
@@ -150,6 +168,7 @@ def test_a_run_over_a_real_superlink_trains_charges_and_ends_when_idle(tmp_path,
             ca_path=str(fleet.superlink.ca_path),
             node_key_path=str(fleet.superlink.node_keys["device-1"]),
             idle_timeout_s=5.0,
+            ledger_copy=COPY,
         )
         trainer = start_trainer()
         trainer.stdin.write(build_job(job))
@@ -162,7 +181,11 @@ def test_a_run_over_a_real_superlink_trains_charges_and_ends_when_idle(tmp_path,
     assert [event.event for event in events] == ["joined", "trained", "trained", "trained", "ended"]
     assert [tuple(event.accepted) for event in rounds] == [("device-1",)] * 3
     with open_ledger(tmp_path / "training" / LEDGER_NAME) as ledger:
-        assert [entry.round for entry in ledger.entries] == [1, 2, 3]
+        assert [entry.round for entry in ledger.entries] == [0, 1, 2, 3]
+        assert ledger.entries[0].restored_from == COPY.digest
+        assert events[0].ledger.spent == COPY.spent
+        assert events[3].ledger == ledger.head
+        assert ledger.head.spent[0].steps == COPY.spent[0].steps + 3 * spec.training.steps
         assert events[3].epsilon == str(ledger.entries[-1].epsilon_after)
     assert np.abs(load_parameters(run_dir, spec.layout, 3)).max() > 0
 

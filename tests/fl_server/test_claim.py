@@ -6,38 +6,15 @@ import pytest
 
 from edge_agent.training.accountant import Phase, compute_epsilon
 from fl_server.claim import build_claim
-from fl_server.rounds.run import RunSpec, create_run, save_checkpoint
+from fl_server.rounds.run import create_run, save_checkpoint
 from models.contract.manifest import INFERENCE_NAMES, FileEntry, Lineage, ModelManifest
-from models.contract.privacy import PrivacyPlan, PrivacyStatement, TrainingPlan, Unit
+from models.contract.privacy import PrivacyStatement, Unit
 from models.tensors.layout import Layout
 from models.tensors.spec import TensorSpec
+from tests.simulators.runs import build_spec
 
 LAYOUT = Layout(names=("bias",), shapes=((2,),))
-SPEC = RunSpec(
-    fleet="demo",
-    model="digits",
-    run="run-2",
-    graph_digest="a" * 64,
-    layout=LAYOUT,
-    privacy=PrivacyPlan(
-        unit=Unit.SAMPLE,
-        clipping_norm=Decimal(1),
-        noise_multiplier=Decimal("1.5"),
-        sampling_rate=Decimal("0.1"),
-        delta=Decimal("0.001"),
-        epsilon=Decimal(8),
-    ),
-    training=TrainingPlan(rounds=3, steps=10, expected_batch=Decimal(8), learning_rate=Decimal("0.1")),
-    devices={"device-1": 1},
-    quorum=1,
-    deadline_s=60.0,
-    join_timeout_s=30.0,
-    superlink="127.0.0.1:9092",
-    ca_path="/ca.pem",
-    superexec_secret_path="/secret",
-    order_key_path="/orders.pem",
-    update_norm_limit=Decimal(12),
-)
+SPEC = build_spec(run="run-2", layout=LAYOUT, devices={"device-1": 1})
 BASE = ModelManifest(
     model="digits",
     version=1,

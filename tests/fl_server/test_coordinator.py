@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from fl_server.registry.registry import Registry
 from fl_server.rounds.flower import list_nodes
 from models.contract.encoding import build_json
 from models.contract.envelope import RunNotice, WakeCommand, open_envelope
+from models.contract.ledger import LedgerHead, Spent
 from models.contract.manifest import parse_manifest
 from models.contract.messages import Event, EventKind, Status
 from models.contract.offer import parse_offer
@@ -186,11 +188,31 @@ def test_run_trains_in_rounds_and_releases_what_is_better(federation, broker):
     assert (notice.state, notice.run) == ("closed", result["run"])
     for device in devices:
         command = open_signed(federation, device.received[0][1], WakeCommand, device.device_id)
-        assert command.run == result["run"]
+        assert (command.run, command.ledger) == (result["run"], LedgerHead())
         assert command.expires_at - command.issued_at <= 60
         assert command.poll_interval_ms >= 200
+    # What device-1 says that its first round cost arrives late; of device-2 there is no word at all.
+    plan = notice.privacy
+    kind = Spent(
+        model=MODEL,
+        sampling_rate=plan.sampling_rate,
+        noise_multiplier=plan.noise_multiplier,
+        steps=notice.training.steps,
+    )
+    other = dataclasses.replace(kind, model="another", steps=5)
+    said = LedgerHead(entries=2, digest="e" * 64, spent=(other, kind))
+    spent = Event(id="spent", sent_at=1, kind=EventKind.PRIVACY_SPENT, message="", run=notice.run, round=1, ledger=said)
+    devices[0].say(spent)
+    wait_until(lambda: "spent" in devices[0].acknowledged, "an acknowledgement")
+    known = [len(device.commands) for device in devices]
     second = federation.command("train", MODEL, "--rounds", "1", "--epsilon", "4", "--json")
     assert second.returncode == 0, second.stderr
+    copies = [
+        open_signed(federation, device.commands[number], WakeCommand, device.device_id).ledger
+        for device, number in zip(devices, known, strict=True)
+    ]
+    both_rounds = dataclasses.replace(kind, steps=2 * kind.steps)
+    assert copies == [dataclasses.replace(said, spent=(other, both_rounds)), LedgerHead(spent=(both_rounds,))]
     # The same records may be in both runs, and who sees updates saw those of the round that released nothing.
     assert float(result["epsilon"]) + 0.5 < float(json.loads(second.stdout)["epsilon"]) <= float(result["epsilon"]) + 4
 

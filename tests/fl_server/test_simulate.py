@@ -14,7 +14,7 @@ from fl_server.packaging.definitions import load_definition
 from fl_server.packaging.export import export_architecture
 from fl_server.packaging.losses import build_target_spec
 from fl_server.simulation.data import load_samples
-from fl_server.simulation.simulate import Simulation
+from fl_server.simulation.simulate import Engine, Simulation
 from models.contract.privacy import TrainingPlan
 from tests.simulators.federation import DEFINITION
 
@@ -56,10 +56,12 @@ def ask(*, rounds: int = ROUNDS) -> TrainRequest:
     )
 
 
-def run_once(simulation: Simulation, place: Path, *, seed: int | None):
+def run_once(simulation: Simulation, place: Path, *, seed: int | None, engine: Engine = "inline"):
     definition = load_definition(f"{place / 'sides.py'}:definition")
     train, test = (load_samples(place / part, definition, build_target_spec(definition)) for part in ("train", "test"))
-    return simulation.run(ask(), {name: samples.path for name, samples in train.items()}, test, seed=seed)
+    return simulation.run(
+        ask(), {name: samples.path for name, samples in train.items()}, test, seed=seed, engine=engine
+    )
 
 
 def command(place: Path, report: Path, **options: object) -> list[str]:
@@ -87,6 +89,21 @@ def test_a_seed_repeats_a_run_to_the_last_bit_with_any_number_of_processes_and_n
         digests.append(run_once(simulation, place, seed=seed).parameters_digest)
     assert digests[0] == digests[1]
     assert len(set(digests)) == 4
+
+
+def test_flowers_engine_runs_the_same_rounds_to_the_last_bit(simulation: Simulation, place: Path) -> None:
+    pytest.importorskip("ray", reason="needs the extra simulation")
+    digests = {run_once(simulation, place, seed=7, engine=engine).parameters_digest for engine in ("inline", "ray")}
+    assert len(digests) == 1
+
+
+def test_updates_of_int8_count_as_those_of_float32_do(place: Path, tmp_path: Path) -> None:
+    values = []
+    for uplink in ("float32", "int8"):
+        report = tmp_path / f"{uplink}.json"
+        assert main(command(place, report, seed=3, uplink=uplink)) == 0
+        values.append(json.loads(report.read_text())["metric"]["value"])
+    assert values[1] == pytest.approx(values[0], abs=0.05)
 
 
 def test_a_process_of_devices_that_fails_ends_the_run_with_its_words(simulation: Simulation, place: Path) -> None:

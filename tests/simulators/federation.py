@@ -171,8 +171,11 @@ class SimulatedDevice:
     @property
     def wakes(self) -> list[dict[str, Any]]:
         """The wake commands received, opened without a look at their signature."""
-        payloads = [payload for topic, payload in self.received if topic.endswith("/command")]
-        return [json.loads(json.loads(payload)["payload"]) for payload in payloads]
+        return [json.loads(json.loads(payload)["payload"]) for payload in self.commands]
+
+    @property
+    def commands(self) -> list[bytes]:
+        return [payload for topic, payload in self.received if topic.endswith("/command")]
 
     @property
     def acknowledged(self) -> list[str]:

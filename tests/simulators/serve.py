@@ -13,12 +13,12 @@ from tests.simulators.waiting import wait_until
 
 
 @contextmanager
-def serving_version(directory: Path, log_path: Path) -> Iterator[tuple[str, int]]:
-    """Serve the version in `directory` until the block ends; yields host:port and the process's id."""
+def serving_version(directory: Path, log_path: Path, *options: str) -> Iterator[tuple[str, int]]:
+    """Serve the version in `directory` until the block ends; yields host:port and the process's id; `options` are more of them."""
     address = f"127.0.0.1:{find_free_port()}"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "edge_agent", "serve", str(directory), "--http", address], stderr=log
+            [sys.executable, "-m", "edge_agent", "serve", str(directory), "--http", address, *options], stderr=log
         )
 
     def is_ready() -> bool:

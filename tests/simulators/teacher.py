@@ -8,6 +8,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from edge_agent.training.node import serve
+from models.tensors.layout import build_vector_bytes
 
 SOLUTION = np.array([-2, 0, 0, 0, 2, 0, 0, 0, 0, 0], np.float32)
 
@@ -20,7 +21,7 @@ def main() -> None:
         node_key_path=Path(key),
         poll_interval_s=0.2,
         idle_timeout_s=60.0,
-        handle=lambda parameters, _envelope: (SOLUTION - parameters) * np.float32(fraction),
+        handle=lambda parameters, _envelope: build_vector_bytes((SOLUTION - parameters) * np.float32(fraction)),
         on_joined=lambda: None,
     )
 

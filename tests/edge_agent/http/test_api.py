@@ -240,7 +240,16 @@ def test_bearer_of_the_token_may_write_over_tcp_and_a_web_page_that_knows_it_may
 
 def test_privacy_of_a_device_that_never_trained(agent: AgentProcess) -> None:
     report = agent.ask("GET", "/v1/privacy").json()
-    assert report == {"epsilon_limit": "8", "noise_multiplier_limit": "0", "delta": "0.001", "spent": []}
+    assert report == {
+        "epsilon_limit": "8",
+        "noise_multiplier_limit": "0",
+        "delta": "0.001",
+        "spent": [],
+        "last": [],
+        "total_epsilon": "0",
+        "total_epsilon_limit": "8",
+        "total_left": "8",
+    }
 
 
 def test_unix_socket_is_for_user_and_group_only(agent: AgentProcess) -> None:

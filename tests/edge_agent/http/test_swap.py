@@ -5,11 +5,12 @@ import http.client
 import json
 from pathlib import Path
 
-from edge_agent.http.app import App, Device
+from edge_agent.http.app import App
 from edge_agent.http.server import HttpServer, bind_sockets
 from edge_agent.inference.engine import Engine
 from edge_agent.inference.model import load_model
 from tests.simulators.agent import find_free_port
+from tests.simulators.local_api import build_device
 from tests.simulators.tiny_models import FEATURES, save_version
 
 REQUESTS = 400
@@ -31,22 +32,10 @@ def ask_all(port: int, seen: list[tuple[int, float]]) -> None:
 def test_no_request_fails_and_every_answer_is_of_the_version_it_names(tmp_path: Path) -> None:
     async def scenario() -> None:
         engine, port = Engine("tiny"), find_free_port()
-        device = Device(
-            agent_version="1",
-            models=engine,
-            add_samples=lambda samples: [],
-            build_inputs=lambda rows: {},
-            get_status=dict,
-            get_privacy=dict,
-            get_metrics=str,
-            record_latency=lambda seconds: None,
-            record_failure=lambda: None,
-            add_feedback=lambda request_id, target: [],
-        )
         manifests = [save_version(tmp_path / str(version), version=version) for version in (1, 2)]
         engine.activate(load_model(tmp_path / "1", manifests[0]))
         sockets = bind_sockets("127.0.0.1", port, tmp_path / "s")
-        server = HttpServer(App(device, host="127.0.0.1").handle, sockets)
+        server = HttpServer(App(build_device(engine), host="127.0.0.1").handle, sockets)
         serving = asyncio.create_task(server.serve())
         await server.wait_listening()
         seen: list[tuple[int, float]] = []

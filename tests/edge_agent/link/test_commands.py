@@ -1,5 +1,6 @@
 """A command is acted on once, or refused."""
 
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from edge_agent.errors import StalledError
 from edge_agent.link.commands import CommandGate
 from models.contract.envelope import WakeCommand, build_envelope
 from models.contract.errors import EnvelopeError, MalformedError
+from models.contract.ledger import LedgerHead, Spent
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 NOW_S = 1_000_000.0
@@ -65,6 +67,20 @@ def test_command_that_is_not_for_now_and_here_is_refused(gate: CommandGate, payl
     with pytest.raises(EnvelopeError, match=said):
         gate.accept(payload, now_s=NOW_S)
     assert gate.accept(command(), now_s=NOW_S).sequence == 7
+
+
+def test_copy_of_the_ledger_that_was_made_smaller_on_its_way_is_refused(gate: CommandGate) -> None:
+    spent = Spent(model="m", sampling_rate=Decimal("0.1"), noise_multiplier=Decimal(1), steps=900)
+    genuine = command(ledger=LedgerHead(entries=3, spent=(spent,)))
+    smaller = genuine.replace(b"900", b"100")
+    assert smaller != genuine
+    with pytest.raises(EnvelopeError, match="not the coordinator's"):
+        gate.accept(smaller, now_s=NOW_S)
+    with pytest.raises(EnvelopeError, match="expired"):  # an older one, where nothing remembers that it was used
+        gate.accept(command(ledger=LedgerHead()), now_s=NOW_S + 60)
+    found = gate.accept(genuine, now_s=NOW_S).ledger
+    assert found is not None
+    assert found.spent == (spent,)
 
 
 @pytest.mark.parametrize("payload", [b"", b"{}", b"\xff", b'{"payload": "{}", "signature": "AA=="}', b"[" * 5000])

@@ -9,7 +9,6 @@ from hypothesis.extra.numpy import arrays
 from edge_agent.errors import StalledError
 from edge_agent.training.dp_sgd import StepGraph, local_training, open_step_graph
 from models.contract.manifest import TRAIN_STEP_NAME
-from models.contract.privacy import Unit
 from models.tensors.noise import GRID_SLACK, draw_gaussian, draw_poisson
 from tests.simulators.step_graph import (
     FAULTS,
@@ -204,12 +203,6 @@ def test_label_out_of_range_adds_nothing_and_is_not_quoted(capfd):
 def test_parameters_that_diverged_leave_only_noise():
     x, y = draw_samples(20)
     np.testing.assert_array_equal(STEP.clipped_sum(x, y, 1, np.full(4, np.inf, np.float32)), np.zeros(4))
-
-
-def test_device_unit_is_refused():
-    x, y = draw_samples(3)
-    with pytest.raises(StalledError, match="'device' is not supported"):
-        train(x, y, build_privacy(unit=Unit.DEVICE), ONE_STEP)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -17,9 +17,7 @@ from tests.simulators.crash import crash_points, run_until_crash
 from tests.simulators.step_graph import build_privacy
 
 DELTA = Decimal("0.001")
-LIMITS = Limits(
-    epsilon=Decimal(10**6), total_epsilon=Decimal(10**6), delta=DELTA, noise_multiplier=Decimal(0)
-)  # fmt: skip
+LIMITS = Limits(epsilon=Decimal(10**6), total_epsilon=Decimal(10**6), delta=DELTA, noise_multiplier=Decimal(0))
 COPY = LedgerHead(
     entries=7,
     digest="d" * 64,

@@ -97,6 +97,7 @@ def test_runs_together_spend_what_the_ledger_of_a_device_in_all_of_them_says():
 
 def test_plan_covers_all_steps_of_all_rounds():
     plan = build_privacy_plan(
+        unit=Unit.SAMPLE,
         clipping_norm=Decimal("1.5"),
         sampling_rate=Decimal("0.1"),
         delta=Decimal("0.001"),
@@ -126,6 +127,7 @@ def test_plan_covers_all_steps_of_all_rounds():
 )
 def test_impossible_budget_is_refused_in_words(changes, words):
     request = {
+        "unit": Unit.SAMPLE,
         "clipping_norm": Decimal(1),
         "sampling_rate": Decimal("0.1"),
         "delta": Decimal("0.001"),

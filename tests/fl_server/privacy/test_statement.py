@@ -2,8 +2,10 @@ from decimal import Decimal
 
 from fl_server.privacy.calibration import build_privacy_plan
 from fl_server.privacy.statement import build_statement
+from models.contract.privacy import Unit
 
 PLAN = build_privacy_plan(
+    unit=Unit.SAMPLE,
     clipping_norm=Decimal(1),
     sampling_rate=Decimal("0.1"),
     delta=Decimal("0.001"),

@@ -1,6 +1,6 @@
 """Asks a server at HOST:PORT with NVIDIA's client, over `http` or `grpc`; prints what it found as JSON.
 
-Runs in the environment that `environment.py` makes, with nothing of this project.
+Runs in an environment of its own (`pins.txt`), with nothing of this project.
 """
 
 import importlib
@@ -66,6 +66,21 @@ def fail(call):
     return None
 
 
+def list_fields():
+    """Return number, type and whether it is a list of every field of the protocol, by message and name."""
+    from tritonclient.grpc import model_config_pb2, service_pb2
+
+    waiting = [
+        each for file in (service_pb2, model_config_pb2) for each in file.DESCRIPTOR.message_types_by_name.values()
+    ]
+    fields = {}
+    while waiting:
+        message = waiting.pop()
+        waiting += message.nested_types
+        fields[message.full_name] = {each.name: [each.number, each.type, each.is_repeated] for each in message.fields}
+    return fields
+
+
 def ask_wrongly():
     tensor = triton.InferInput("float32_in", [1, 2], "FP32")
     tensor.set_data_from_numpy(np.zeros((1, 2), np.float32))
@@ -93,4 +108,6 @@ found = {
     "all_statistics": client.get_inference_statistics(**as_json),
     "index": client.get_model_repository_index(**as_json),
 }
+if kind == "grpc":
+    found["fields"] = list_fields()
 print(json.dumps(found))
