@@ -75,6 +75,11 @@ def build_privacy(request: TrainRequest, *, devices: int) -> PrivacyPlan:
     Raises:
         UsageError: Nothing can keep it, it promises nothing, or the devices are too few.
     """
+    if request.unit is Unit.DEVICE and request.delta * devices > 1:
+        raise UsageError(
+            f"--delta is {request.delta}, above 1/{devices}, one by the number of devices: that would allow to publish "
+            "one of them as it is"
+        )
     privacy = build_privacy_plan(
         unit=request.unit,
         clipping_norm=request.clipping_norm,
@@ -85,11 +90,6 @@ def build_privacy(request: TrainRequest, *, devices: int) -> PrivacyPlan:
         rounds=request.training.rounds,
         participation=request.participation,
     )
-    if request.unit is Unit.DEVICE and privacy.delta * devices > 1:
-        raise UsageError(
-            f"--delta is {privacy.delta}, above 1/{devices}, one by the number of devices: that would allow to publish "
-            "one of them as it is"
-        )
     try:
         request.aggregation.check_fits(privacy.unit, devices=devices)
         is_adaptive = request.clipping_quantile is not None

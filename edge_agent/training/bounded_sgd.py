@@ -49,17 +49,18 @@ def bounded_training(
     optimizer = build_optimizer(training, step.size)
     pull = np.float32(training.proximal_mu * training.expected_batch)
     moved, current = np.zeros_like(parameters), parameters.copy()
-    for _ in range(training.steps):
-        drawn = np.flatnonzero(sampler(len(x), rate))
-        total = step.clipped_sum(x[drawn], y[drawn], _UNBOUNDED, current)
-        if len(x) < training.expected_batch:
-            total *= float(training.expected_batch) / max(len(x), 1)  # all samples are a batch of their own size
-        gradient = total.astype(np.float32)
-        if pull:
-            np.add(gradient, pull * moved, out=gradient)
-        optimizer(gradient)
-        np.subtract(moved, gradient, out=moved)
-        np.add(parameters, moved, out=current)
+    with np.errstate(over="ignore", invalid="ignore"):  # a warning would tell of the samples, too
+        for _ in range(training.steps):
+            drawn = np.flatnonzero(sampler(len(x), rate))
+            total = step.clipped_sum(x[drawn], y[drawn], _UNBOUNDED, current)
+            if len(x) < training.expected_batch:
+                total *= float(training.expected_batch) / max(len(x), 1)  # all samples are a batch of their own size
+            gradient = total.astype(np.float32)
+            if pull:
+                np.add(gradient, pull * moved, out=gradient)
+            optimizer(gradient)
+            np.subtract(moved, gradient, out=moved)
+            np.add(parameters, moved, out=current)
     if not np.isfinite(moved).all():
         return np.zeros_like(moved)  # training diverged; to say so would tell of the samples, and nobody noises a word
     return clip_norm(moved, float(privacy.clipping_norm))

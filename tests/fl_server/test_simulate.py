@@ -145,6 +145,14 @@ def test_the_report_has_the_form_of_the_demo_and_says_that_seeded_noise_is_not_p
         ({"epsilon": 0.001, "delta": 1e-9}, "cannot be kept"),
         ({"expected-batch": 61}, "--expected-batch is 61, larger than the data"),
         ({"rounds": 0}, "rounds 0"),
+        ({"unit": "device", "delta": 0.5}, "--delta is 0.5, above 1/3, one by the number of devices"),
+        ({"unit": "device", "aggregation": "median", "byzantine": 1}, "cannot be combined with the device unit"),
+        ({"unit": "device", "clipping-quantile": 0.5}, "adaptive clipping needs an expected cohort above"),
+        ({"unit": "device", "clipping-quantile": 1}, "clipping quantile is 1, must be in (0, 1)"),
+        ({"unit": "device", "epsilon": 0.001, "delta": 1e-9}, "cannot be kept"),
+        ({"clipping-quantile": 0.5}, "a clipping quantile is of unit device"),
+        ({"participation": "visible"}, "participation can be visible for unit device only"),
+        ({"server-momentum": 0.5}, "use fedavgm"),
     ],
 )
 def test_a_plan_that_cannot_be_met_is_refused_in_words(
