@@ -26,7 +26,7 @@ from models.definitions import digits
 
 DEVICES, ROUNDS, SAMPLING_RATE, DELTA = 1000, 40, Decimal("0.2"), Decimal("0.0001")
 SEEDS, TUNING_SEEDS = range(3), range(100, 101)
-SERVER_RATES = {1: 0.3, 3: 0.5, 8: 0.8}  # by epsilon
+SERVER_RATES = {1: 0.2, 3: 0.4, 8: 0.5}  # by epsilon
 TUNING_FACTORS = (0.5, 1.0, 2.0)
 
 
