@@ -241,6 +241,26 @@ def test_run_of_the_device_unit_that_its_owner_cannot_afford_is_refused_before_a
         assert (device.trained, device.ledger.entries) == (0, ())
 
 
+def test_killed_at_any_point_no_update_of_the_device_unit_left_before_its_run_was_paid(tmp_path, orders):
+    envelope = orders.build(1, PARAMETERS, privacy=build_privacy(unit=Unit.DEVICE))
+    for crash_at in crash_points():
+        directory = tmp_path / str(crash_at)
+
+        def answer(tell, directory=directory):
+            with Device(directory, orders, trusts_coordinator=True) as device:
+                tell(bytes(device.handle(envelope)).hex())
+
+        outcome = run_until_crash(answer, crash_at=crash_at)
+        with Device(directory, orders, trusts_coordinator=True) as device:
+            steps = [entry.steps for entry in device.ledger.entries]
+            assert steps in ([3], []) if not outcome.told else steps == [3]
+            assert device.handle(envelope) is not None
+            assert [entry.steps for entry in device.ledger.entries] in ([3], [3, 0])  # and never twice
+        if not outcome.crashed:
+            break
+    assert crash_at > 10
+
+
 def test_numbers_of_a_run_of_the_sample_unit_pay_for_no_run_of_the_device_unit(tmp_path, orders):
     training = build_training(rounds=5, steps=5)
     with Device(tmp_path / "device", orders, trusts_coordinator=True) as device:
