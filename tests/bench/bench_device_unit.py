@@ -9,7 +9,7 @@ protects nobody.
 
 import argparse
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -85,13 +85,11 @@ def run() -> dict[str, float]:
     return {f"device_unit_epsilon_{point.epsilon}_accuracy": point.mean for point in measure_all()}
 
 
-def measure_all() -> list[Point]:
+def measure_all() -> Iterator[Point]:
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(Path(directory))
-        return [
-            bench.measure(epsilon, server_rate=server_rate, seeds=SEEDS)
-            for epsilon, server_rate in SERVER_RATES.items()
-        ]
+        for epsilon, server_rate in SERVER_RATES.items():
+            yield bench.measure(epsilon, server_rate=server_rate, seeds=SEEDS)
 
 
 def tune() -> None:
@@ -104,12 +102,16 @@ def tune() -> None:
                 print(f"{epsilon} {rate} {point.mean:.4f}", flush=True)
 
 
-def print_table(points: Sequence[Point]) -> None:
+def print_table(points: Iterable[Point]) -> list[Point]:
+    """Print each point as soon as it is there, and return them all."""
     print("| epsilon | noise multiplier | accuracy, mean | of each seed |")
-    print("| --- | --- | --- | --- |")
+    print("| --- | --- | --- | --- |", flush=True)
+    printed = []
     for point in points:
         each = ", ".join(f"{accuracy:.3f}" for accuracy in point.accuracies)
-        print(f"| {point.epsilon} | {point.noise_multiplier:.4f} | {point.mean:.3f} | {each} |")
+        print(f"| {point.epsilon} | {point.noise_multiplier:.4f} | {point.mean:.3f} | {each} |", flush=True)
+        printed.append(point)
+    return printed
 
 
 def save_plot(points: Sequence[Point], path: Path) -> None:
@@ -152,8 +154,7 @@ def main() -> None:
     if arguments.tune:
         tune()
         return
-    points = measure_all()
-    print_table(points)
+    points = print_table(measure_all())
     if arguments.plot:
         save_plot(points, arguments.plot)
 
