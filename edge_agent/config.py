@@ -106,12 +106,15 @@ class PrivacySettings:
         total_epsilon_limit: Largest that all models together may cost; None means the same as for one.
         noise_multiplier_limit: Least noise multiplier of a run; >= 0.
         delta: At which the lifetime epsilon is shown; (0, 1).
+        trust_coordinator: Whether the coordinator may see updates that have no noise yet, as the privacy unit `device`
+            needs: it then adds the noise to the sum of many.
     """
 
     epsilon_limit: Decimal = Decimal(8)
     total_epsilon_limit: Decimal | None = None
     noise_multiplier_limit: Decimal = Decimal(0)
     delta: Decimal = Decimal("0.001")
+    trust_coordinator: bool = False
 
     def __post_init__(self) -> None:
         for name, limit in (("epsilon_limit", self.epsilon_limit), ("total_epsilon_limit", self.total_limit)):

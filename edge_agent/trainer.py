@@ -20,17 +20,18 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from edge_agent.errors import AgentError, EngineError, StalledError
 from edge_agent.samples.store import SampleStore, open_samples
 from edge_agent.training import node
+from edge_agent.training.bounded_sgd import bounded_training
 from edge_agent.training.dp_sgd import local_training
 from edge_agent.training.job import TrainingEvent, TrainingJob, build_event, parse_job
 from edge_agent.training.ledger import Ledger, NoCopyError, open_ledger
-from edge_agent.training.noise import draw_gaussian, draw_poisson
 from edge_agent.training.session import TrainingSession
 from edge_agent.training.step import Step, open_step
 from edge_agent.training.updates import UpdateStore
 from models.contract.errors import ContractError
 from models.contract.manifest import MANIFEST_NAME, ModelManifest, parse_manifest
-from models.contract.privacy import PrivacyPlan, TrainingPlan
+from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
 from models.tensors.layout import Vector
+from models.tensors.noise import draw_gaussian, draw_poisson
 
 _log = logging.getLogger(__name__)
 
@@ -130,6 +131,8 @@ def _build_training(
     def run_round(parameters: Vector, privacy: PrivacyPlan, training: TrainingPlan) -> Vector:
         # Read anew each round: a sample that was forgotten since must not be used.
         x, y = samples.load(manifest.training_input, target)
+        if privacy.unit is Unit.DEVICE:
+            return bounded_training(step, x, y, parameters, privacy, training, draw_poisson)
         return local_training(step, x, y, parameters, privacy, training, draw_gaussian, draw_poisson)
 
     return run_round

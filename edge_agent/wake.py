@@ -111,6 +111,7 @@ class TrainingDesk:
             total_epsilon_limit=settings.privacy.total_limit,
             delta=settings.privacy.delta,
             noise_multiplier_limit=settings.privacy.noise_multiplier_limit,
+            trusts_coordinator=settings.privacy.trust_coordinator,
             ledger_copy=command.ledger,
         )
 

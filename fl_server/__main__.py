@@ -10,8 +10,10 @@ from typing import Protocol
 from fl_server import commands
 from fl_server.config import CONFIG_NAME
 from fl_server.errors import ServerError, UsageError
+from fl_server.rounds.optimizers import OPTIMIZER_NAMES
 from fl_server.rounds.rule import RULE_NAMES
 from models.contract.errors import ContractError
+from models.contract.privacy import Unit
 from models.contract.settings import SettingsError
 
 
@@ -159,17 +161,44 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     decimals = {
         "epsilon": ("8", "privacy loss of the whole run, at most"),
         "delta": ("0.001", "chance that the bound fails"),
-        "sampling-rate": ("0.25", "with which each sample takes part in a step"),
-        "clipping-norm": ("1", "L2 bound of one sample's gradient"),
+        "sampling-rate": ("0.25", "with which each sample takes part in a step, or each device in a round"),
+        "clipping-norm": ("1", "L2 bound of one sample's gradient, or of one device's update"),
         "learning-rate": ("0.5", "of the devices' optimiser"),
         "momentum": ("0", "of the devices' SGD, begun anew each round"),
         "proximal-mu": ("0", "weight of FedProx's pull towards the parameters that a round begins with"),
         "expected-batch": ("32", "samples a step is divided by, a constant of the plan"),
+        "server-learning-rate": ("1", "of the coordinator's optimiser"),
+        "server-momentum": ("0", "of the coordinator's optimiser, where it is not fedavg"),
     }
     for name, (default, summary) in decimals.items():
         parser.add_argument(
             f"--{name}", type=_parse_decimal, default=default, metavar="X", help=f"{summary} (default: %(default)s)"
         )
+    parser.add_argument(
+        "--unit",
+        choices=[unit.value for unit in Unit],
+        default="sample",
+        help="what is protected: one record, or all of a device from those who see models (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--clipping-quantile",
+        type=_parse_decimal,
+        metavar="X",
+        help="share of updates that the clipping norm is to leave uncut, round by round; of unit device",
+    )
+    parser.add_argument(
+        "--participation",
+        choices=("hidden", "visible"),
+        default="hidden",
+        help="visible claims no amplification, for who can see which devices take part; of unit device "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--server-optimizer",
+        choices=OPTIMIZER_NAMES,
+        default="fedavg",
+        help="what moves the parameters by a round's step (default: %(default)s)",
+    )
     parser.add_argument(
         "--optimizer", choices=("sgd", "adam"), default="sgd", help="of the devices (default: %(default)s)"
     )
@@ -191,9 +220,6 @@ def _add_simulate(subparsers: _Subparsers) -> None:
     parser.add_argument("--train", type=Path, required=True, metavar="DIR", help="one npz of x and y a device")
     parser.add_argument(
         "--test", type=Path, required=True, metavar="DIR", help="the same, measured and never trained on"
-    )
-    parser.add_argument(
-        "--unit", choices=("sample",), default="sample", help="what is protected (default: %(default)s)"
     )
     _add_plan(parser)
     parser.add_argument(

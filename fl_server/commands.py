@@ -15,6 +15,7 @@ from fl_server.fleet.enrolment import Federation, enroll_device
 from fl_server.fleet.roster import Device, Roster
 from fl_server.jobs import Job, Jobs, JobState, PromoteRequest, ReleaseRequest, Request, TrainRequest, WithdrawRequest
 from fl_server.lock import holding_lock, is_locked
+from fl_server.rounds.optimizers import ServerOptimizer
 from fl_server.rounds.rule import Aggregation
 from models.contract.manifest import MANIFEST_NAME, ModelManifest
 from models.contract.privacy import TrainingPlan, Unit
@@ -196,7 +197,7 @@ def run_train(arguments: Namespace) -> None:
     with Roster(directory.database_path) as roster:
         enrolled = sum(device.revoked_at is None for device in roster.list_devices())
     try:
-        request.aggregation.check_fits(Unit.SAMPLE, devices=enrolled)
+        request.aggregation.check_fits(request.unit, devices=enrolled)
     except ValueError as error:
         raise UsageError(str(error)) from error
     _enqueue(arguments, directory, request)
@@ -224,6 +225,14 @@ def _build_train_request(arguments: Namespace, model: str) -> TrainRequest:
         return TrainRequest(
             model=model,
             aggregation=Aggregation(rule=arguments.aggregation, byzantine=arguments.byzantine),
+            unit=Unit(arguments.unit),
+            optimizer=ServerOptimizer(
+                name=arguments.server_optimizer,
+                learning_rate=arguments.server_learning_rate,
+                momentum=arguments.server_momentum,
+            ),
+            clipping_quantile=arguments.clipping_quantile,
+            participation=arguments.participation,
             epsilon=arguments.epsilon,
             delta=arguments.delta,
             sampling_rate=arguments.sampling_rate,

@@ -10,10 +10,12 @@ from typing import Self
 
 from fl_server.database import open_database
 from fl_server.errors import ServerError
+from fl_server.rounds.optimizers import FEDAVG, ServerOptimizer
 from fl_server.rounds.rule import MEAN, Aggregation
+from fl_server.rounds.run import check_quantile
 from models.contract.encoding import build_json, parse_json
 from models.contract.errors import ContractError
-from models.contract.privacy import TrainingPlan
+from models.contract.privacy import Participation, TrainingPlan, Unit
 from models.contract.terms import Split
 from models.contract.topics import check_name
 
@@ -87,9 +89,14 @@ class TrainRequest:
     clipping_norm: Decimal
     training: TrainingPlan
     aggregation: Aggregation = MEAN
+    unit: Unit = Unit.SAMPLE
+    optimizer: ServerOptimizer = FEDAVG
+    clipping_quantile: Decimal | None = None
+    participation: Participation = "hidden"
 
     def __post_init__(self) -> None:
         check_name(self.model, "model")
+        check_quantile(self.clipping_quantile, self.unit)
         if not (self.epsilon > 0 and 0 < self.delta < 1):
             raise ValueError(f"epsilon {self.epsilon} must be > 0 and delta {self.delta} in (0, 1)")
         if not (0 < self.sampling_rate <= 1 and self.clipping_norm > 0):

@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_agent.errors import StalledError
-from edge_agent.training.noise import GRID_SLACK, add_on_grid, build_grid
 from edge_agent.training.optimizers import build_optimizer
 from edge_agent.training.sensitivity import TOLERANCE
 from edge_agent.training.step import Step
-from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
+from models.contract.privacy import PrivacyPlan, TrainingPlan
 from models.tensors.layout import Vector
+from models.tensors.noise import GRID_SLACK, add_on_grid, build_grid
 
 _Floats: TypeAlias = npt.NDArray[np.float64]
 _Array: TypeAlias = npt.NDArray[Any]
@@ -35,10 +35,6 @@ Sampler: TypeAlias = Callable[[int, Decimal], npt.NDArray[np.bool_]]  # count, r
 _SENSITIVITY = 1 + TOLERANCE + GRID_SLACK  # of a step's sum to one sample at most, in clipping norms
 
 
-def check_supported(privacy: PrivacyPlan) -> None:
-    """Raise StalledError unless this device can train under `privacy`."""
-    if privacy.unit is not Unit.SAMPLE:
-        raise StalledError(f"privacy unit {privacy.unit.value!r} is not supported, only {Unit.SAMPLE.value!r}")
 
 
 def local_training(
@@ -64,9 +60,8 @@ def local_training(
         sampler: Draws who takes part in a step.
 
     Raises:
-        StalledError: The unit is not `sample`, or the step fails.
+        StalledError: The step fails.
     """
-    check_supported(privacy)
     clipping_norm = float(privacy.clipping_norm)
     standard_deviation = float(privacy.noise_multiplier) * clipping_norm * _SENSITIVITY
     grid = build_grid(step.size, clipping_norm)

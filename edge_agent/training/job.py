@@ -28,6 +28,7 @@ class TrainingJob:
         total_epsilon_limit: The owner's largest total epsilon over all models; > 0.
         delta: The owner's delta, at which these totals are stated; (0, 1).
         noise_multiplier_limit: The owner's least noise multiplier; >= 0.
+        trusts_coordinator: Whether the coordinator may see an update that has no noise yet.
         ledger_copy: What the coordinator says that this device has spent; None if it says nothing.
     """
 
@@ -50,6 +51,7 @@ class TrainingJob:
     total_epsilon_limit: Decimal
     delta: Decimal
     noise_multiplier_limit: Decimal
+    trusts_coordinator: bool = False
     ledger_copy: LedgerHead | None = None
 
     def __post_init__(self) -> None:

@@ -42,6 +42,7 @@ node_key_path = "node.key"     # this device's identity in training: keep it sec
 epsilon_limit = "8"            # largest epsilon of one model, over the device's lifetime
 # total_epsilon_limit = "8"    # of all models together; without it as much as of one
 noise_multiplier_limit = "0"   # smallest noise multiplier
+# trust_coordinator = true     # for runs of the unit device: it sees updates that have no noise yet
 delta = "0.001"
 
 [telemetry]

@@ -23,10 +23,10 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from edge_agent.training.dp_sgd import Noise, local_training
-from edge_agent.training.noise import draw_gaussian
 from edge_agent.training.step import open_step
 from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
 from models.tensors.layout import Vector
+from models.tensors.noise import draw_gaussian
 from tests.bench.versions import DEFINITIONS, REPOSITORY, SAMPLES, BenchVersion, build_version
 
 BATCH = 64

@@ -16,8 +16,8 @@ from edge_agent.training.step import Step, open_step
 from fl_server.demo.demo import DELTA, TRAINING
 from fl_server.plan import compute_norm_limit
 from fl_server.privacy.calibration import build_privacy_plan
-from fl_server.rounds.aggregation import MeanFold, check_update
-from models.contract.privacy import PrivacyPlan, TrainingPlan, Uplink
+from fl_server.rounds.aggregation import SumFold, check_update, move
+from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit, Uplink
 from models.definitions import digits
 from models.tensors.layout import Layout, Vector
 from models.tensors.uplink import encode_update
@@ -50,7 +50,7 @@ def learn(step: Step, layout: Layout, uplink: Uplink, seed: int) -> tuple[float,
     splits, module, sent = digits.load_splits(DEVICES, seed), _build_module(seed), 0
     parameters = layout.flatten({name: value.detach().numpy() for name, value in module.named_parameters()})
     for number in range(ROUNDS):
-        fold = MeanFold(step.size)
+        fold = SumFold(step.size)
         for device, samples in enumerate(splits.devices):
             generator = np.random.default_rng((seed, number, device))
             update = local_training(
@@ -68,7 +68,7 @@ def learn(step: Step, layout: Layout, uplink: Uplink, seed: int) -> tuple[float,
             assert not isinstance(received, str), received
             fold.add(received)
             sent += len(data)
-        parameters = fold.apply(parameters)
+        parameters = move(parameters, fold.finish(fold.count))
     return _measure(module, layout, parameters, splits.test), sent
 
 
@@ -77,6 +77,7 @@ def build_plans(uplink: Uplink) -> tuple[PrivacyPlan, TrainingPlan]:
     steps = int(TRAINING["steps"])
     values = {name: Decimal(str(value)) for name, value in TRAINING.items()}
     privacy = build_privacy_plan(
+        unit=Unit.SAMPLE,
         clipping_norm=values["clipping-norm"],
         sampling_rate=values["sampling-rate"],
         delta=Decimal(str(DELTA)),

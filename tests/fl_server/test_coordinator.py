@@ -262,6 +262,31 @@ def test_run_trains_in_rounds_and_releases_what_is_better(federation, broker):
     assert float(result["epsilon"]) + 0.5 < float(json.loads(second.stdout)["epsilon"]) <= float(result["epsilon"]) + 4
 
 
+def test_run_of_the_device_unit_releases_its_statement_and_charges_each_device_once(federation):
+    federation.start()
+    devices = [federation.add_device(f"device-{number}", fraction=0.7) for number in (1, 2)]
+    assert federation.command("release", str(federation.directory / "v1")).returncode == 0
+    # At a rate of 1 all are drawn; the teachers' updates are 3.96 long, and then shorter.
+    plan = ("--unit", "device", "--sampling-rate", "1", "--clipping-norm", "4", "--epsilon", "50", "--delta", "0.4")
+    done = federation.command("train", MODEL, "--rounds", "2", *plan, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [outcome["accepted"] for outcome in result["rounds"]] == [["device-1", "device-2"]] * 2
+    with Registry(federation.directory / "registry") as registry:
+        statement = registry.get_model_version_by_alias(MODEL, "champion").load_manifest().privacy
+    assert (statement.unit, statement.expected_cohort) == ("device", 2)
+    assert "PLD" in statement.accountant
+    assert "nobody but the coordinator sees which devices took part" in statement.trust_model
+    assert str(statement.epsilon) in {outcome["epsilon"] for outcome in result["rounds"]}
+    refused = federation.command("train", MODEL, "--rounds", "1")
+    assert refused.returncode == 1
+    assert "under the privacy unit device" in refused.stderr
+    with Roster(federation.directory / "coordinator.db") as roster:
+        for device in devices:
+            [spent] = roster.get_ledger(device.device_id).spent
+            assert (spent.sampling_rate, spent.steps) == (1, 2)
+
+
 def test_run_goes_on_after_a_kill_of_the_coordinator_and_no_round_is_released_twice(federation):
     federation.start()
     device = federation.add_device("device-1", fraction=0.3)

@@ -8,8 +8,7 @@ from hypothesis.extra.numpy import arrays
 
 from edge_agent.errors import StalledError
 from edge_agent.training.dp_sgd import local_training
-from edge_agent.training.noise import GRID_SLACK, draw_gaussian, draw_poisson
-from models.contract.privacy import Unit
+from models.tensors.noise import GRID_SLACK, draw_gaussian, draw_poisson
 from tests.simulators.step_graph import build_privacy, build_training, clipped_sum_in_numpy, open_onnx_step
 
 EVERYONE_WITHOUT_NOISE = build_privacy(noise_multiplier="0", sampling_rate="1")
@@ -161,10 +160,6 @@ def test_one_sample_moves_a_step_by_no_more_than_its_share(x, y, others_x, other
     assert np.linalg.norm(replaced - with_it) <= 2 * share * (1 + 1e-4 + GRID_SLACK)
 
 
-def test_device_unit_is_refused():
-    x, y = draw_samples(3)
-    with pytest.raises(StalledError, match="'device' is not supported"):
-        train(x, y, build_privacy(unit=Unit.DEVICE), ONE_STEP)
 
 
 def test_sampling_rate_reaches_the_sampler_exactly():

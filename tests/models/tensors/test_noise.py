@@ -9,8 +9,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
-from edge_agent.training import noise
-from edge_agent.training.noise import (
+from models.tensors import noise
+from models.tensors.noise import (
     GRID_SLACK,
     Keystream,
     add_on_grid,
