@@ -18,7 +18,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from edge_agent.errors import StalledError
 from edge_agent.training.optimizers import build_optimizer
 from edge_agent.training.sensitivity import TOLERANCE
 from edge_agent.training.step import Step
@@ -33,8 +32,6 @@ Noise: TypeAlias = Callable[[int, float], _Floats]  # count, standard deviation 
 Sampler: TypeAlias = Callable[[int, Decimal], npt.NDArray[np.bool_]]  # count, rate -> shape (count,)
 
 _SENSITIVITY = 1 + TOLERANCE + GRID_SLACK  # of a step's sum to one sample at most, in clipping norms
-
-
 
 
 def local_training(

@@ -84,7 +84,9 @@ class Step:
         others: it is looked for by halves.
         """
         if self._takes(x, y) and np.isfinite(self._sums).all():
-            np.copyto(self._exact_sums, self._sums)  # adding them as they are takes longer: in pieces, each changed first
+            np.copyto(
+                self._exact_sums, self._sums
+            )  # adding them as they are takes longer: in pieces, each changed first
             np.add(total, self._exact_sums, out=total)
         elif len(x) > 1:
             half = len(x) // 2

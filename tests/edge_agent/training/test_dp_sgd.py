@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from edge_agent.errors import StalledError
 from edge_agent.training.dp_sgd import local_training
 from models.tensors.noise import GRID_SLACK, draw_gaussian, draw_poisson
 from tests.simulators.step_graph import build_privacy, build_training, clipped_sum_in_numpy, open_onnx_step
@@ -158,8 +157,6 @@ def test_one_sample_moves_a_step_by_no_more_than_its_share(x, y, others_x, other
     share = 0.1 * 1 / 10  # learning rate, clipping norm, expected batch
     assert np.linalg.norm(with_it - without) <= share * (1 + 1e-4 + GRID_SLACK)
     assert np.linalg.norm(replaced - with_it) <= 2 * share * (1 + 1e-4 + GRID_SLACK)
-
-
 
 
 def test_sampling_rate_reaches_the_sampler_exactly():
