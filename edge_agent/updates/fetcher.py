@@ -9,7 +9,6 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from urllib.parse import unquote
 
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
 from tuf.ngclient import FetcherInterface, Updater
@@ -23,7 +22,7 @@ from models.contract.offer import COORDINATOR_KEY_TARGET, OFFER_MAX_BYTES, build
 
 logger = logging.getLogger(__name__)
 
-_URL = "offer:/"
+OFFER_URL = "offer:/"
 _TRUSTED_NAME = "trusted.json"
 _TRUSTED_MAX_BYTES = 4 * OFFER_MAX_BYTES  # it was verified before it was written; JSON escapes may lengthen it
 _NO_GRAPH = build_graph_target("0" * 64, "none")
@@ -36,9 +35,9 @@ class OfferFetcher(FetcherInterface):
         self._metadata = metadata
 
     def _fetch(self, url: str) -> Iterator[bytes]:
-        data = self._metadata.get(unquote(url.removeprefix(_URL)))
+        data = self._metadata.get(url.removeprefix(OFFER_URL))
         if data is None:
-            raise DownloadHTTPError(f"the offer does not hold {url.removeprefix(_URL)}", 404)
+            raise DownloadHTTPError(f"the offer does not hold {url.removeprefix(OFFER_URL)}", 404)
         return iter((data,))
 
 
@@ -62,7 +61,7 @@ def open_offer(payload: bytes, *, root: bytes, trust_dir: Path) -> SignedTargets
     shutil.rmtree(scratch_dir, ignore_errors=True)  # left by a kill
     _load_trusted(trust_dir, scratch_dir)
     try:
-        updater = Updater(str(scratch_dir), _URL, fetcher=OfferFetcher(metadata), bootstrap=root)
+        updater = Updater(str(scratch_dir), OFFER_URL, fetcher=OfferFetcher(metadata), bootstrap=root)
         updater.refresh()
         signed = dict(_list_signed(updater, metadata))
     except (RepositoryError, DownloadError) as error:

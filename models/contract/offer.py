@@ -16,7 +16,7 @@ from models.contract.errors import MalformedError
 OFFER_MAX_BYTES = 256 * 1024  # decompressed; 50 targets and 5 root rotations take 25 kB compressed
 CHUNK_MAX_BYTES = 64 * 1024  # of an artifact, in one message
 ZSTD_LEVEL = 19
-_FILE_NAME = re.compile(r"([1-9][0-9]{0,8}\.)?[a-z][a-z-]{0,31}\.json")
+_FILE_NAME = re.compile(r"([1-9][0-9]{0,8}\.)?[A-Za-z0-9_.~%-]{1,64}\.json")  # a role's name, quoted as in a URL
 
 # Paths of TUF targets. Role "releases" is online; role "graphs" is offline and holds the clipping.
 ROLE_RELEASES = "releases"
