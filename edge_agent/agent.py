@@ -33,6 +33,7 @@ from edge_agent.reporter import Reporter
 from edge_agent.samples.sensor import SensorFeed
 from edge_agent.updates.installer import Updater, UpdaterSettings
 from edge_agent.updates.verifier import verify_offer
+from edge_agent.updates.watch import OfferWatch
 from edge_agent.wake import TrainingDesk
 from models.contract.encoding import parse_json
 from models.contract.errors import ContractError, MalformedError
@@ -101,6 +102,7 @@ class Agent:
         self._reporter = Reporter(
             settings, self._version, link=self._link, updater=self._updater, latencies=self._server.latencies
         )
+        self._offers = OfferWatch(self._updater.handle_offer)
         self._training = TrainingDesk(settings, updater=self._updater, reporter=self._reporter)
 
     async def run(self) -> None:
@@ -164,6 +166,7 @@ class Agent:
     async def _start_updates(self, stack: contextlib.AsyncExitStack) -> None:
         stack.push_async_callback(self._updater.close)
         _start_task(stack, self._updater.start())
+        _start_task(stack, self._offers.keep_checking())
 
     async def _prepare_training(self, stack: contextlib.AsyncExitStack) -> None:
         stack.push_async_callback(self._training.stop)
@@ -175,7 +178,7 @@ class Agent:
 
     def _take_message(self, topic: str, payload: bytes) -> None:
         if topic == self._offer_topic:
-            self._work(self._updater.handle_offer(payload))
+            self._work(self._offers.take(payload))
         elif topic == self._command_topic:
             self._work(self._training.handle_command(payload))
         elif topic == self._ack_topic:

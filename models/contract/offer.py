@@ -6,6 +6,7 @@ The signatures inside are what is trusted; this envelope is not. It is bounded w
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal
 
 import zstandard
@@ -23,6 +24,9 @@ ROLE_RELEASES = "releases"
 ROLE_GRAPHS = "graphs"
 COORDINATOR_KEY_TARGET = "keys/coordinator.pem"
 
+SIGNED_AT_FIELD = "signed_at"  # of the timestamp: devices take it for the least that the time can be
+_SIGNED_AT_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Offer:
@@ -39,6 +43,19 @@ def build_graph_target(digest: str, name: str) -> str:
     """Return the target path of a graph that the offline role has signed."""
     check_digest_text(digest)
     return f"graphs/{digest}/{name}"
+
+
+def build_signed_at(now: datetime) -> str:
+    """Return what a timestamp that is signed at `now`, aware, says in `SIGNED_AT_FIELD`."""
+    return now.astimezone(UTC).strftime(_SIGNED_AT_FORMAT)
+
+
+def parse_signed_at(fields: Mapping[str, object]) -> datetime | None:
+    """Return when a timestamp with the further fields `fields` was signed, aware; None if it does not say."""
+    try:
+        return datetime.strptime(str(fields.get(SIGNED_AT_FIELD)), _SIGNED_AT_FORMAT).replace(tzinfo=UTC)
+    except ValueError:
+        return None
 
 
 def build_offer(metadata: Mapping[str, bytes]) -> bytes:
