@@ -135,6 +135,23 @@ def feedback(options: argparse.Namespace) -> None:
         print(f"{kept} samples are kept on this device" if kept else "not kept: samples.keep_share left it out")
 
 
+def forget(options: argparse.Namespace) -> None:
+    """Delete samples from this device, and every trace of them in its files."""
+    from edge_agent.client import AgentClient
+
+    if sum(map(bool, (options.ids, options.where, options.all))) != 1:
+        raise RequestError("say which: IDs, --where COLUMN=VALUE, or --all")
+    wish = {"ids": options.ids, "where": dict(options.where), "all": options.all}
+    with AgentClient(_find_socket(options)) as client:
+        answer = client.post("/v1/forget", wish)
+    if options.json:
+        _print_json(answer)
+        return
+    print(f"{answer['forgotten']} samples are forgotten, {answer['kept']} are left on this device")
+    if answer["waiting"]:
+        print(f"{answer['waiting']} answered requests wait for their truth no more")
+
+
 def infer(options: argparse.Namespace) -> None:
     """Answer every row of a file with the model; goes on where it was interrupted."""
     import dataclasses
@@ -165,7 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
     serving = _add_command(commands, run)
     serving.add_argument("--config", type=Path, default=CONFIG_PATH, metavar="FILE", help="default: %(default)s")
     _describe_serve(_add_command(commands, serve))
-    for command in (status, predict, infer, ingest, feedback, privacy):
+    for command in (status, predict, infer, ingest, feedback, forget, privacy):
         asking = _add_command(commands, command)
         asking.add_argument("--config", type=Path, metavar="FILE", help=f"default: {CONFIG_PATH}")
         asking.add_argument("--uds", type=Path, metavar="PATH", help="the agent's Unix socket, instead of --config")
@@ -179,6 +196,14 @@ def build_parser() -> argparse.ArgumentParser:
         if command is feedback:
             asking.add_argument("id", metavar="ID", help="of the answer")
             asking.add_argument("target", metavar="TARGET", help="number or label; JSON lists for several rows")
+        if command is forget:
+            asking.add_argument(
+                "ids", nargs="*", type=_parse_id, metavar="ID", help="of a sample or an answered request"
+            )
+            asking.add_argument(
+                "--where", action="append", type=_parse_where, default=[], metavar="COLUMN=VALUE", help="all must hold"
+            )
+            asking.add_argument("--all", action="store_true", help="everything; works without the key, too")
         if command is ingest:
             asking.add_argument("file", type=Path, metavar="FILE", help="*.csv, *.jsonl, *.parquet or *.npz")
             asking.add_argument("--target", metavar="COLUMN", help="default: y, or the last column of a CSV file")
@@ -205,6 +230,22 @@ def _parse_address(text: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or not 1 <= int(port) <= 65_535:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
     return host.strip("[]"), int(port)
+
+
+def _parse_id(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _parse_where(text: str) -> tuple[str, Any]:
+    column, sign, value = text.partition("=")
+    if not column or not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} is not COLUMN=VALUE")
+    if column != "y":
+        return column, value
+    try:
+        return column, json.loads(value)
+    except ValueError:
+        return column, value  # a label needs no quotes
 
 
 def _parse_share(text: str) -> float:

@@ -44,6 +44,7 @@ from models.contract.topics import Channel, build_device_topic, build_offer_topi
 
 log = logging.getLogger(__name__)
 
+RETENTION_INTERVAL_S = 600.0  # between two looks for samples that are too old
 TASKS_MAX = 8  # messages being worked on at once; the coordinator sends a few an hour
 
 
@@ -103,7 +104,12 @@ class Agent:
             settings, self._version, link=self._link, updater=self._updater, latencies=self._server.latencies
         )
         self._offers = OfferWatch(self._updater.handle_offer)
-        self._training = TrainingDesk(settings, updater=self._updater, reporter=self._reporter)
+        self._training = TrainingDesk(
+            settings,
+            updater=self._updater,
+            reporter=self._reporter,
+            load_samples_key=self._samples.keeper.load_key,
+        )
 
     async def run(self) -> None:
         """Go through the steps, wait for a signal, and undo them in turn."""
@@ -114,6 +120,7 @@ class Agent:
             ("model", self._load_active),
             ("http", self._start_http),
             ("challenger", self._start_challenger),
+            ("retention", self._start_retention),
             ("sensor", self._start_sensor),
             ("link", self._start_link),
             ("updates", self._start_updates),
@@ -159,6 +166,9 @@ class Agent:
     async def _start_sensor(self, stack: contextlib.AsyncExitStack) -> None:
         if self._settings.samples.mqtt_topic is not None:
             _start_task(stack, self._sensor.run())
+
+    async def _start_retention(self, stack: contextlib.AsyncExitStack) -> None:
+        _start_task(stack, self._forget_old())
 
     async def _start_link(self, stack: contextlib.AsyncExitStack) -> None:
         _start_task(stack, self._link.run())
@@ -216,6 +226,15 @@ class Agent:
         except (AgentError, ContractError) as error:
             log.error("no challenger: %s", error)  # noqa: TRY400 - the message says it all
 
+    async def _forget_old(self) -> None:
+        while True:
+            try:
+                if forgotten := await asyncio.to_thread(self._samples.keeper.forget_old):
+                    log.info("%d samples are older than the owner keeps them, and forgotten", forgotten)
+            except AgentError as error:
+                log.warning("old samples cannot be forgotten: %s", error)
+            await asyncio.sleep(RETENTION_INTERVAL_S)
+
     def _find_manifest(self) -> ModelManifest | None:
         return self._engine.active.manifest if self._engine.active else None
 
@@ -253,6 +272,7 @@ class Agent:
             record_failure=self._server.count_failure,
             remember=self._samples.remember,
             add_feedback=self._samples.add_feedback,
+            forget=self._samples.forget,
         )
 
     def _describe_broker(self) -> Broker:

@@ -1,15 +1,19 @@
 """What a device learns from: samples its user or a sensor hands in, and answered requests whose truth came later."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from edge_agent.config import AgentSettings
 from edge_agent.errors import RequestError
+from edge_agent.forgetting import Forgotten, build_fields, build_wish
 from edge_agent.samples.feedback import FeedbackBuffer, parse_target
-from edge_agent.samples.fields import FieldRules, load_key
+from edge_agent.samples.fields import FieldRules
 from edge_agent.samples.keeper import SampleKeeper
-from edge_agent.samples.store import Array
+from edge_agent.samples.keys import fetch_key, load_key
+from edge_agent.samples.sealing import Array
+from edge_agent.samples.store import Retention
 from models.contract.manifest import ModelManifest
 from models.tensors.features import RowError, build_inputs
 
@@ -26,7 +30,9 @@ class Collector:
         """
         self._get_manifest = get_manifest
         self._rules = build_rules(settings)
-        self.keeper = SampleKeeper(settings.samples_path, max_count=settings.samples.max_count)
+        self._forget_by = settings.samples.forget_by
+        self._lock = threading.Lock()  # nothing comes back that was forgotten while it was on its way
+        self.keeper = _build_keeper(settings)
         self._feedback: FeedbackBuffer | None = None
         if settings.samples.consent:
             self._feedback = FeedbackBuffer(
@@ -67,7 +73,8 @@ class Collector:
                     parse_target(y, 1, spec=None, labels=labels)[0] if isinstance(y, str) else y,
                 )
                 for x, y in samples
-            ]
+            ],
+            [build_fields(x, self._rules, self._forget_by) if isinstance(x, Mapping) else {} for x, _ in samples],
         )
 
     @property
@@ -90,17 +97,41 @@ class Collector:
                 status=403,
             )
         manifest = self._get_manifest()
-        samples = self._feedback.join(
-            request_id,
-            target,
-            spec=manifest.training.target if manifest and manifest.training else None,
-            labels=manifest.labels if manifest else (),
-        )
-        try:
-            return self.keeper.add(samples) if samples else []
-        except RequestError:
-            self._feedback.restore(request_id, samples)
-            raise
+        with self._lock:
+            samples = self._feedback.join(
+                request_id,
+                target,
+                spec=manifest.training.target if manifest and manifest.training else None,
+                labels=manifest.labels if manifest else (),
+            )
+            try:
+                return self.keeper.add(samples) if samples else []
+            except RequestError:
+                self._feedback.restore(request_id, samples)
+                raise
+
+    def forget(self, ids: Sequence[int | str] = (), where: Mapping[str, Any] | None = None) -> Forgotten:
+        """Forget samples, and what waits to become one; no byte of them is in any file on return.
+
+        Args:
+            ids: Of samples (numbers) and of answered requests (text).
+            where: Forget those whose columns all have these values; requests of which nobody can tell go, too.
+                Without `ids` and `where` everything is forgotten.
+
+        Raises:
+            RequestError: Nothing can be found by such a column.
+            StalledError: The samples cannot be opened.
+            TransientError: Not all could be forgotten now.
+        """
+        with self._lock:
+            if where:
+                wish = build_wish(where, manifest=self._get_manifest(), rules=self._rules, forget_by=self._forget_by)
+                waiting = self._feedback.forget(lambda _, x: wish.may_be_meant(x)) if self._feedback else 0
+                forgotten = self.keeper.forget(self.keeper.find(wish.is_meant))
+            else:
+                waiting = self._feedback.forget(lambda name, _: not ids or name in ids) if self._feedback else 0
+                forgotten = self.keeper.forget([row for row in ids if isinstance(row, int)] if ids else None)
+        return Forgotten(forgotten=forgotten, waiting=waiting, kept=self.keeper.count())
 
     def _find_manifest(self) -> ModelManifest:
         manifest = self._get_manifest()
@@ -113,6 +144,26 @@ class Collector:
         if len(inputs) != 1:
             raise RequestError(f"a sample is of one input; this model has {', '.join(inputs)}")
         return next(iter(inputs.values()))
+
+
+def _build_keeper(settings: AgentSettings) -> SampleKeeper:
+    samples = settings.samples
+
+    def load_samples_key(may_make: bool) -> bytes:  # noqa: FBT001 - a callback
+        if samples.key_command is not None:
+            return fetch_key(samples.key_command)
+        return load_key(settings.state_dir / "samples.key", may_make=may_make)
+
+    return SampleKeeper(
+        settings.samples_path,
+        model=settings.model,
+        load_key=load_samples_key,
+        retention=Retention(
+            max_count=samples.max_count,
+            keep_s=None if samples.keep_days is None else samples.keep_days * 86_400,
+            forgets_oldest=samples.when_full == "forget_oldest",
+        ),
+    )
 
 
 def build_rules(settings: AgentSettings) -> FieldRules:

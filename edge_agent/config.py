@@ -186,7 +186,11 @@ class SampleSettings:
         keep_share: Share of them that is kept.
         feedback_max: Answered requests that wait for their truth, at most.
         feedback_ttl_s: How long each waits.
-        max_count: Samples kept at most; one more is refused, none is thrown away.
+        max_count: Samples kept at most.
+        when_full: Whether one more is refused, or the oldest gives way.
+        keep_days: How long each is kept; None for ever.
+        key_command: Prints the key that samples are sealed with, as 64 hex digits or 32 bytes; None for a file.
+        forget_by: Columns whose values, by their rules, are kept with a sample only to find it when it is to be forgotten.
         fields: Rules by column, for rows whose values have names.
         mqtt_topic: Where a sensor publishes samples, on a broker of this device; None for none.
     """
@@ -196,6 +200,10 @@ class SampleSettings:
     feedback_max: int = 1000
     feedback_ttl_s: float = 86_400.0
     max_count: int = 100_000  # at 3 kB a sample (28 x 28 floats) 300 MB of disk, and of memory in a round of training
+    when_full: Literal["refuse", "forget_oldest"] = "refuse"
+    keep_days: float | None = None
+    key_command: str | None = None
+    forget_by: tuple[str, ...] = ()
     fields: dict[str, FieldRule] = field(default_factory=dict)
     mqtt_topic: str | None = None
 
@@ -208,6 +216,13 @@ class SampleSettings:
             raise ValueError(f"samples.feedback_ttl_s is {self.feedback_ttl_s}, must be in 1..2678400")
         if not 1 <= self.max_count <= 100_000_000:
             raise ValueError(f"samples.max_count is {self.max_count}, must be in 1..100000000")
+        if self.keep_days is not None and not 0 < self.keep_days <= 36_525:
+            raise ValueError(f"samples.keep_days is {self.keep_days}, must be in (0, 36525]")
+        if self.key_command is not None and not self.key_command.strip():
+            raise ValueError("samples.key_command is empty, must be a command that prints a key")
+        for column in self.forget_by:
+            if column == "y" or (column in self.fields and self.fields[column].drop):
+                raise ValueError(f"samples.forget_by: {column!r:.80} is the target, or dropped: no column to find by")
         if self.mqtt_topic is not None:
             self._check_topic(self.mqtt_topic)
 

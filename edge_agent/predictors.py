@@ -13,7 +13,7 @@ import numpy as np
 from edge_agent.client import AgentClient
 from edge_agent.errors import RequestError
 from edge_agent.samples.fields import FieldRules
-from edge_agent.samples.store import Array
+from edge_agent.samples.sealing import Array
 from models.tensors.spec import TensorSpec
 
 BODY_BYTES = 1024 * 1024  # of one request; the agent takes 4 MiB

@@ -137,6 +137,7 @@ def _build_app(server: "ModelServer", options: ServeOptions) -> "App":
         record_latency=server.latencies.record,
         record_failure=server.count_failure,
         add_feedback=_refuse("keeps no feedback"),
+        forget=_refuse("keeps no samples"),
     )
     return App(device, host=options.host)
 

@@ -70,7 +70,11 @@ def train(job: TrainingJob, *, report: Callable[[TrainingEvent], None]) -> None:
     step = open_step_graph(Path(job.graph_dir), manifest)
     training_dir = Path(job.training_dir)
     updates = UpdateStore(training_dir / UPDATES_NAME)
-    with open_ledger(training_dir / LEDGER_NAME) as ledger, open_samples(Path(job.samples_path)) as samples:
+    samples_key = bytes.fromhex(job.samples_key)
+    with (
+        open_ledger(training_dir / LEDGER_NAME) as ledger,
+        open_samples(Path(job.samples_path), model=job.model, key=samples_key) as samples,
+    ):
         try:
             _restore(ledger, job)
         except NoCopyError as error:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from edge_agent.config import AgentSettings
@@ -33,10 +34,13 @@ _EVENTS = {
 class TrainingDesk:
     """Decides on commands one after the other and keeps at most one training process."""
 
-    def __init__(self, settings: AgentSettings, *, updater: Updater, reporter: Reporter) -> None:
+    def __init__(
+        self, settings: AgentSettings, *, updater: Updater, reporter: Reporter, load_samples_key: Callable[[], bytes]
+    ) -> None:
         self._settings = settings
         self._updater = updater
         self._reporter = reporter
+        self._load_samples_key = load_samples_key
         self._lock = asyncio.Lock()
         self._supervisor = Supervisor(TRAINER_COMMAND, on_line=self._take_line, on_exit=self._note_exit)
 
@@ -57,7 +61,7 @@ class TrainingDesk:
                 self._reporter.tell(EventKind.ORDER_REFUSED, str(error))
                 return
             try:
-                job = self._build_job(command)
+                job = await asyncio.to_thread(self._build_job, command)
             except StalledError as error:
                 self._reporter.tell(EventKind.TRAINING_REFUSED, str(error), run=command.run)
                 return
@@ -98,6 +102,7 @@ class TrainingDesk:
             ca_path=str(federation.ca_path),
             node_key_path=str(federation.node_key_path),
             samples_path=str(settings.samples_path),
+            samples_key=self._load_samples_key().hex(),
             training_dir=str(settings.training_dir),
             poll_interval_s=command.poll_interval_ms / 1000,
             idle_timeout_s=command.idle_timeout_s,

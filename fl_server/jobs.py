@@ -12,6 +12,7 @@ from fl_server.database import open_database
 from fl_server.errors import ServerError
 from fl_server.rounds.rule import MEAN, Aggregation
 from models.contract.encoding import build_json, parse_json
+from models.contract.errors import ContractError
 from models.contract.privacy import TrainingPlan
 from models.contract.topics import check_name
 
@@ -117,24 +118,36 @@ class Jobs:
         return cursor.lastrowid
 
     def get(self, job: int) -> Job:
-        """Return the job; raises ServerError if there is none."""
+        """Return the job; raises ServerError if there is none that this version of fl-server can read."""
         row = self._database.execute("SELECT * FROM jobs WHERE job = ?", (job,)).fetchone()
         if row is None:
             raise ServerError(f"there is no job {job}")
+        try:
+            request = parse_json(row["request"], _KINDS[row["kind"]])
+        except (KeyError, ContractError) as error:
+            raise ServerError(f"job {job} is not one that this version of fl-server knows: {error}") from error
         return Job(
             job=row["job"],
-            request=parse_json(row["request"], _KINDS[row["kind"]]),
+            request=request,
             state=JobState(row["state"]),
             created_at=row["created_at"],
             result=None if row["result"] is None else row["result"].decode(),
         )
 
     def find_next(self) -> Job | None:
-        """Return the job to do now: the one that was interrupted, else the oldest in the queue."""
-        row = self._database.execute(
-            "SELECT job FROM jobs WHERE state IN ('running', 'queued') ORDER BY state = 'queued', job LIMIT 1"
-        ).fetchone()
-        return None if row is None else self.get(row["job"])
+        """Return the job to do now: the one that was interrupted, else the oldest in the queue.
+
+        One that cannot be read has failed: it must not keep those behind it waiting, nor end the coordinator.
+        """
+        rows = self._database.execute(
+            "SELECT job FROM jobs WHERE state IN ('running', 'queued') ORDER BY state = 'queued', job"
+        ).fetchall()
+        for row in rows:
+            try:
+                return self.get(row["job"])
+            except ServerError as error:
+                self.save_state(row["job"], JobState.FAILED, str(error))
+        return None
 
     def save_state(self, job: int, state: JobState, result: str | None = None) -> None:
         ended_at = time.time() if state in (JobState.DONE, JobState.FAILED) else None

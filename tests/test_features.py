@@ -12,9 +12,9 @@ import edge_agent.__main__
 import fl_server.__main__
 from edge_agent.collector import Collector
 from edge_agent.config import AgentSettings
-from edge_agent.samples.store import open_samples
 from models.contract.manifest import parse_manifest
 from models.tensors.features import build_inputs
+from tests.simulators.samples import open_device_samples
 
 HEART = """
 from torch import nn
@@ -76,7 +76,7 @@ def test_columns_mean_the_same_in_packaging_inference_and_training(
     collector.add([(row, np.array(truth)) for row, truth in zip(rows, ill, strict=True)])
     collector.keeper.close()
     assert manifest.training is not None
-    with open_samples(settings.samples_path) as store:
+    with open_device_samples(tmp_path, "heart") as store:
         trained_on, targets = store.load(manifest.training_input, manifest.training.target)
     assert trained_on.tobytes() == x.tobytes()
     np.testing.assert_array_equal(targets, ill)

@@ -22,7 +22,7 @@ from edge_agent.http.datatypes import Array
 from edge_agent.http.guard import Guard
 from edge_agent.http.inference import HttpCall, Inference
 from edge_agent.http.ports import Models
-from edge_agent.http.samples import parse_feedback, parse_rows, parse_samples
+from edge_agent.http.samples import parse_feedback, parse_forget, parse_rows, parse_samples
 
 _ROUTES_MAX = 256  # addresses that need not be taken apart again
 
@@ -43,6 +43,7 @@ class Device:
         record_latency: Told how long each answer took, s.
         record_failure: Told of each inference request that was refused.
         add_feedback: Keeps the truth about an answered request durably and returns the samples' ids; may block.
+        forget: Deletes samples by their ids or by values of their columns, or all of them; may block.
         remember: Told of each answered request, under an id that nobody can guess; None if nothing is kept.
     """
 
@@ -56,6 +57,7 @@ class Device:
     record_latency: Callable[[float], None]
     record_failure: Callable[[], None]
     add_feedback: Callable[[str, object], list[int]]
+    forget: Callable[[Sequence[int | str], Mapping[str, Any]], object]
     remember: Callable[[str, Mapping[str, Array]], None] | None = None
 
 
@@ -103,6 +105,7 @@ class App:
             "v2/repository/index": _Route("POST", self._post_index),
             "v1/feedback": _Route("POST", self._post_feedback, is_owners=True),
             "v1/samples": _Route("POST", self._post_samples, is_owners=True),
+            "v1/forget": _Route("POST", self._post_forget, is_owners=True),
             "v1/rows": _Route("POST", self._post_rows, is_owners=True),
             "v1/status": _Route("GET", self._get_status, is_owners=True),
             "v1/privacy": _Route("GET", self._get_privacy, is_owners=True),
@@ -230,6 +233,10 @@ class App:
     async def _post_feedback(self, request: Request) -> Answer:
         request_id, target = parse_feedback(request.body)
         return answer_json({"ids": await asyncio.to_thread(self.device.add_feedback, request_id, target)})
+
+    async def _post_forget(self, request: Request) -> Answer:
+        ids, where = parse_forget(request.body)
+        return answer_json(await asyncio.to_thread(self.device.forget, ids, where))
 
     async def _post_rows(self, request: Request) -> Answer:
         rows = parse_rows(request.body)

@@ -28,8 +28,15 @@ class _Feedback(msgspec.Struct):
     target: Any
 
 
+class _Forget(msgspec.Struct):
+    ids: list[int | str] = []
+    where: dict[str, str | int | float | bool] = {}
+    all: bool = False
+
+
 _DECODER = msgspec.json.Decoder(_Request)
 _ROWS_DECODER = msgspec.json.Decoder(_Rows)
+_FORGET_DECODER = msgspec.json.Decoder(_Forget)
 _FEEDBACK_DECODER = msgspec.json.Decoder(_Feedback)
 
 
@@ -70,6 +77,23 @@ def parse_feedback(body: bytes | bytearray) -> tuple[str, Any]:
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise RequestError(f'expected {{"id", "target"}} as JSON in UTF-8: {error}') from error
     return feedback.id, feedback.target
+
+
+def parse_forget(body: bytes | bytearray) -> tuple[list[int | str], dict[str, Any]]:
+    """Return ids, and values by column, of what is to be forgotten; both empty for all of it.
+
+    Raises:
+        RequestError: Not JSON, or not exactly one of the three.
+    """
+    try:
+        wish = _FORGET_DECODER.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise RequestError(f'expected {{"ids"}}, {{"where"}} or {{"all": true}} as JSON in UTF-8: {error}') from error
+    if sum(map(bool, (wish.ids, wish.where, wish.all))) != 1:
+        raise RequestError('expected exactly one of {"ids": [...]}, {"where": {column: value}} and {"all": true}')
+    if any(isinstance(row, int) and not 0 < row < 1 << 63 for row in wish.ids):
+        raise RequestError("expected the ids of samples, counted from 1, or of answered requests")
+    return wish.ids, wish.where
 
 
 def _to_array(value: Any, where: str) -> Array:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edge_agent.errors import RequestError
-from edge_agent.samples.store import Array, Sample
+from edge_agent.samples.sealing import Array, Sample
 from models.tensors.spec import DTYPES, TensorSpec
 
 MEMORY_MAX_BYTES = 8 * 1024 * 1024  # of waiting inputs: a tenth of what the whole agent may take
@@ -105,6 +105,18 @@ class FeedbackBuffer:
             with self._lock:
                 self._gone.pop(request_id, None)
                 self._put(request_id, _Waiting(remembered_s=self._clock(), rows=len(x), x=x))
+
+    def forget(self, is_meant: Callable[[str, Array], bool]) -> int:
+        """Let requests wait no more whose id and inputs `is_meant` says yes to one row of; return how many there were."""
+        with self._lock:
+            meant = [
+                name
+                for name, entry in self._waiting.items()
+                if entry.x is not None and any(is_meant(name, row) for row in entry.x)
+            ]
+            for name in meant:
+                self._remove(name, "its owner had it forgotten")
+        return len(meant)
 
     def _find(self, request_id: str) -> _Waiting:
         entry = self._waiting.get(request_id)

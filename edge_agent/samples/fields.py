@@ -2,17 +2,12 @@
 
 import datetime as dt
 import hmac
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from edge_agent.config import FieldRule
-from edge_agent.errors import StalledError
-from models.contract.files import save_atomically
 from models.tensors.features import build_text, is_missing, parse_number
 
-KEY_BYTES = 32
 _HASH_DIGITS = 32  # 128 bits: no two values of a device meet by chance
 
 
@@ -60,23 +55,6 @@ class FieldRules:
         self._key = self._key or self._load_key()
         message = f"{column}\0{build_text(value)}".encode()
         return hmac.digest(self._key, message, "sha256").hex()[:_HASH_DIGITS]
-
-
-def load_key(path: Path) -> bytes:
-    """Return the secret at `path`, made there if there is none, readable by its owner only.
-
-    Raises:
-        StalledError: Unreadable or damaged: another key would silently make other hashes of the same values.
-    """
-    try:
-        if not path.exists():
-            save_atomically(path, os.urandom(KEY_BYTES), mode=0o600)
-        key = path.read_bytes()
-    except OSError as error:
-        raise StalledError(f"{path}: {error.strerror or error}") from error
-    if len(key) != KEY_BYTES:
-        raise StalledError(f"{path}: {len(key)} bytes, expected a key of {KEY_BYTES}; remove it to make another")
-    return key
 
 
 def _coarsen_date(value: Any, period: str) -> str:

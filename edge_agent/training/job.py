@@ -3,7 +3,7 @@
 One `TrainingJob` on stdin; one `TrainingEvent` a line on stdout.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Literal
 
@@ -21,6 +21,7 @@ class TrainingJob:
         coordinator_key_pem: Ed25519 public key that signs train orders.
         superlink: HOST:PORT of the SuperLink.
         samples_path: The device's private samples.
+        samples_key: What they are sealed with, 64 hex digits; in no message and no repr.
         training_dir: Where ledger and stored updates live.
         epsilon_limit: The owner's largest total epsilon for this model, over all runs; > 0.
         total_epsilon_limit: The owner's largest total epsilon over all models; > 0.
@@ -39,6 +40,7 @@ class TrainingJob:
     ca_path: str
     node_key_path: str
     samples_path: str
+    samples_key: str = field(repr=False)
     training_dir: str
     poll_interval_s: float
     idle_timeout_s: float
@@ -60,6 +62,8 @@ class TrainingJob:
             raise ValueError(f"delta is {self.delta}, must be in (0, 1)")
         if not (self.noise_multiplier_limit.is_finite() and self.noise_multiplier_limit >= 0):
             raise ValueError(f"noise_multiplier_limit is {self.noise_multiplier_limit}, must be finite and >= 0")
+        if len(self.samples_key) != 64 or not set(self.samples_key) <= set("0123456789abcdef"):
+            raise ValueError("samples_key must be 64 hex digits")
         if self.poll_interval_s <= 0 or self.idle_timeout_s <= 0:
             raise ValueError("poll_interval_s and idle_timeout_s must be > 0")
 

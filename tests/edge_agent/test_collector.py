@@ -11,9 +11,9 @@ import pytest
 from edge_agent.collector import Collector
 from edge_agent.config import AgentSettings, FieldRule, SampleSettings
 from edge_agent.errors import RequestError
-from edge_agent.samples.store import open_samples
 from models.contract.manifest import ModelManifest
 from models.tensors.features import Feature
+from tests.simulators.samples import open_device_samples
 from tests.simulators.tiny_models import save_version
 
 X = {"features": np.arange(4, dtype=np.float32)[None]}
@@ -60,7 +60,7 @@ def test_truth_makes_a_sample_that_training_loads(
     collector.remember("a", X)
     assert not list(tmp_path.iterdir())  # before the truth came
     assert collector.add_feedback("a", "high") == [1]
-    with open_samples(tmp_path / "samples.db") as store:
+    with open_device_samples(tmp_path) as store:
         x, y = store.load(manifest.inputs[0], manifest.training.target)
     np.testing.assert_array_equal(x, X["features"])
     assert y.tolist() == [2]
@@ -104,7 +104,7 @@ def test_nothing_raw_reaches_the_disk(tmp_path: Path, manifest: ModelManifest) -
         for dtype in ("<f4", "<f8", ">f8"):
             for value in (age, (age - 50) / 10):
                 assert np.array(value, dtype).tobytes() not in written
-    with open_samples(tmp_path / "samples.db") as store:
+    with open_device_samples(tmp_path) as store:
         assert manifest.training is not None
         x, y = store.load(manifest.inputs[0], manifest.training.target)
     assert x[:, 0].tolist() == [0, 0, 0]
@@ -116,7 +116,7 @@ def test_sample_and_request_of_the_same_row_hold_the_same_bits(tmp_path: Path, m
     collector = build(tmp_path, dataclasses.replace(manifest, features=FEATURES), fields=RULES)
     asked = collector.build_inputs([ROW])["features"]
     collector.add([(dict(ROW), np.array(1))])
-    with open_samples(tmp_path / "samples.db") as store:
+    with open_device_samples(tmp_path) as store:
         assert manifest.training is not None
         x, _ = store.load(manifest.inputs[0], manifest.training.target)
     assert x.tobytes() == asked.tobytes()

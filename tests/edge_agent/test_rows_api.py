@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.samples.store import open_samples
 from models.tensors.features import Feature, build_inputs
 from models.tensors.spec import TensorSpec
 from tests.simulators.agent import REPOSITORY, AgentProcess, install_version
 from tests.simulators.mosquitto import Mosquitto
 from tests.simulators.observer import Observer
+from tests.simulators.samples import open_device_samples
 from tests.simulators.tiny_models import INPUT
 from tests.simulators.waiting import wait_until
 
@@ -84,7 +84,7 @@ def test_file_of_rows_is_kept_predicted_and_inferred_alike(tmp_path: Path, devic
     before = device.status()["samples"]
     kept = edge_agent(device, "ingest", str(path))
     assert kept.stdout == f"700 samples of {path} are kept on this device\n"
-    with open_samples(device.state_dir / "samples.db") as store:
+    with open_device_samples(device.state_dir) as store:
         x, y = store.load(INPUT, LABEL)
     expected = build_inputs(FEATURES, (INPUT,), ROWS)["features"]
     assert x[before:].tobytes() == expected.tobytes()

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from edge_agent.samples.store import open_samples
 from edge_agent.trainer import LEDGER_NAME
 from edge_agent.training.job import build_job, parse_event
 from edge_agent.training.ledger import open_ledger
@@ -17,6 +16,7 @@ from fl_server.rounds.flower import Session
 from fl_server.rounds.run import RunSpec, create_run, load_parameters
 from models.contract.ledger import LedgerHead, Spent
 from models.contract.manifest import MANIFEST_NAME, TRAIN_STEP_NAME
+from tests.simulators.samples import open_device_samples
 from tests.simulators.step_graph import FAULTS, build_privacy, build_step_graph, build_training, save_step_version
 from tests.simulators.superlink import running_fleet, wait_until
 from tests.simulators.training import Orders, build_training_job
@@ -127,8 +127,51 @@ def test_device_without_ledger_and_without_copy_does_not_even_join(tmp_path, ord
     assert (tmp_path / "training" / LEDGER_NAME).read_bytes() == b""
 
 
+def create_linear_run(tmp_path, fleet, orders, **changes):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    key_path = run_dir / "orders.pem"
+    key_path.write_bytes(orders.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    values = {
+        "fleet": "demo",
+        "model": "linear",
+        "run": "run-1",
+        "graph_digest": orders.graph_digest,
+        "layout": save_step_version(tmp_path / "version", build_step_graph()).training.layout,
+        "privacy": build_privacy(),
+        "training": build_training(rounds=3),
+        "devices": fleet.superlink.register("device-1"),
+        "quorum": 1,
+        "deadline_s": 30,
+        "join_timeout_s": 30,
+        "superlink": fleet.superlink.address,
+        "ca_path": str(fleet.superlink.ca_path),
+        "superexec_secret_path": str(fleet.superlink.secret_path),
+        "order_key_path": str(key_path),
+        "update_norm_limit": Decimal(1000),
+    }
+    spec = RunSpec(**{**values, **changes})
+    create_run(run_dir, spec, np.zeros(4, np.float32))
+    return run_dir, spec
+
+
+def start_trainer_of(tmp_path, fleet, orders, **changes):
+    values = {
+        "coordinator_key_pem": orders.key_pem,
+        "superlink": fleet.superlink.address,
+        "ca_path": str(fleet.superlink.ca_path),
+        "node_key_path": str(fleet.superlink.node_keys["device-1"]),
+        "idle_timeout_s": 5.0,
+    }
+    trainer = start_trainer()
+    trainer.stdin.write(build_job(build_training_job(tmp_path, **{**values, **changes})))
+    trainer.stdin.close()
+    trainer.stdin = None
+    return trainer
+
+
 def test_a_run_over_a_real_superlink_trains_charges_and_ends_when_idle(tmp_path, orders):
-    with open_samples(tmp_path / "samples.db") as samples:
+    with open_device_samples(tmp_path, "linear") as samples:
         generator = np.random.default_rng(0)
         samples.add(
             [
@@ -137,43 +180,8 @@ def test_a_run_over_a_real_superlink_trains_charges_and_ends_when_idle(tmp_path,
             ]
         )
     with running_fleet(tmp_path) as fleet:
-        devices = fleet.superlink.register("device-1")
-        run_dir = tmp_path / "run"
-        run_dir.mkdir()
-        key_path = run_dir / "orders.pem"
-        key_path.write_bytes(orders.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        spec = RunSpec(
-            fleet="demo",
-            model="linear",
-            run="run-1",
-            graph_digest=orders.graph_digest,
-            layout=save_step_version(tmp_path / "version", build_step_graph()).training.layout,
-            privacy=build_privacy(),
-            training=build_training(rounds=3),
-            devices=devices,
-            quorum=1,
-            deadline_s=30,
-            join_timeout_s=30,
-            superlink=fleet.superlink.address,
-            ca_path=str(fleet.superlink.ca_path),
-            superexec_secret_path=str(fleet.superlink.secret_path),
-            order_key_path=str(key_path),
-            update_norm_limit=Decimal(1000),
-        )
-        create_run(run_dir, spec, np.zeros(4, np.float32))
-        job = build_training_job(
-            tmp_path,
-            coordinator_key_pem=orders.key_pem,
-            superlink=fleet.superlink.address,
-            ca_path=str(fleet.superlink.ca_path),
-            node_key_path=str(fleet.superlink.node_keys["device-1"]),
-            idle_timeout_s=5.0,
-            ledger_copy=COPY,
-        )
-        trainer = start_trainer()
-        trainer.stdin.write(build_job(job))
-        trainer.stdin.close()
-        trainer.stdin = None
+        run_dir, spec = create_linear_run(tmp_path, fleet, orders)
+        trainer = start_trainer_of(tmp_path, fleet, orders, ledger_copy=COPY)
         rounds = [event for event in fleet.start_driver(run_dir).run_to_end() if event.event == "round"]
         out, error = trainer.communicate(timeout=60)
     assert trainer.returncode == 0, error.decode()
@@ -188,6 +196,33 @@ def test_a_run_over_a_real_superlink_trains_charges_and_ends_when_idle(tmp_path,
         assert ledger.head.spent[0].steps == COPY.spent[0].steps + 3 * spec.training.steps
         assert events[3].epsilon == str(ledger.entries[-1].epsilon_after)
     assert np.abs(load_parameters(run_dir, spec.layout, 3)).max() > 0
+
+
+def test_sample_that_was_forgotten_between_two_rounds_moves_no_parameter(tmp_path, orders):
+    """One sample pulls the first weight by the whole clipping norm, 20 standard deviations of the noise; others never."""
+    pulling = (np.array([10, 0, 0], np.float32), np.float32(-100).reshape(()))
+    idle = (np.zeros(3, np.float32), np.float32(0).reshape(()))
+    with open_device_samples(tmp_path, "linear") as samples:
+        samples.add([idle] * 5 + [pulling] + [idle] * 5)
+    privacy = build_privacy(noise_multiplier="0.05", sampling_rate="1", epsilon="100000")
+    training = build_training(rounds=2, steps=1, expected_batch="1", learning_rate="1")
+    with running_fleet(tmp_path) as fleet:
+        run_dir, spec = create_linear_run(tmp_path, fleet, orders, privacy=privacy, training=training)
+        limits = dict.fromkeys(("epsilon_limit", "total_epsilon_limit"), Decimal(100_000))
+        trainer = start_trainer_of(tmp_path, fleet, orders, noise_multiplier_limit=Decimal(0), **limits)
+        driver = fleet.start_driver(run_dir)
+        while driver.next_event().event != "round":
+            pass
+        with open_device_samples(tmp_path, "linear") as samples:  # the training process has its own open, too
+            assert samples.forget([6]) == 1
+        driver.say("continue")
+        driver.run_to_end()
+        trainer.terminate()
+        _, error = trainer.communicate(timeout=60)
+    assert trainer.returncode == 128 + signal.SIGTERM, error.decode()
+    first, second = (load_parameters(run_dir, spec.layout, number)[0] for number in (1, 2))
+    assert abs(first) > 0.5
+    assert abs(second - first) < 0.5
 
 
 def test_trainer_that_is_told_to_end_takes_leave_so_that_no_round_waits_for_it(tmp_path, orders):

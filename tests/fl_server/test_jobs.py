@@ -1,3 +1,4 @@
+import sqlite3
 from decimal import Decimal
 
 import pytest
@@ -38,6 +39,19 @@ def test_jobs_are_done_in_order_and_an_interrupted_one_goes_on_first(jobs):
     assert jobs.find_next() is None
     assert (jobs.get(first).result, jobs.get(second).result) == ("no such folder", "{}")
     assert jobs.get(first).is_over
+
+
+def test_a_job_of_another_version_fails_and_the_next_one_is_done(jobs, tmp_path):
+    unknown, old, good = jobs.add(RELEASE), jobs.add(TRAIN), jobs.add(RELEASE)
+    with sqlite3.connect(tmp_path / "coordinator.db") as database:
+        database.execute("UPDATE jobs SET kind = 'migrate' WHERE job = ?", (unknown,))
+        database.execute("UPDATE jobs SET request = x'7b7d' WHERE job = ?", (old,))
+    database.close()
+    assert jobs.find_next().job == good
+    jobs.save_state(good, JobState.DONE, "{}")
+    assert jobs.find_next() is None
+    with pytest.raises(ServerError, match=f"job {old} is not one that this version"):
+        jobs.get(old)
 
 
 def test_lines_of_a_job_are_read_from_where_a_reader_was(jobs, tmp_path):

@@ -17,4 +17,5 @@ def build_device(models: Models) -> Device:
         record_latency=lambda _seconds: None,
         record_failure=lambda: None,
         add_feedback=lambda _request_id, _target: [],
+        forget=lambda _ids, _where: {},
     )

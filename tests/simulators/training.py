@@ -8,6 +8,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from edge_agent.samples.keys import load_key
 from edge_agent.training.job import TrainingJob
 from models.contract.encoding import build_digest
 from models.contract.envelope import TrainOrder, build_envelope
@@ -29,6 +30,7 @@ def build_training_job(directory: Path, **changed) -> TrainingJob:
         "ca_path": str(directory / "ca.pem"),
         "node_key_path": str(directory / "node.pem"),
         "samples_path": str(directory / "samples.db"),
+        "samples_key": load_key(directory / "samples.key").hex(),
         "training_dir": str(directory / "training"),
         "poll_interval_s": 0.1,
         "idle_timeout_s": 30.0,

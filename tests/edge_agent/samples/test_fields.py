@@ -7,7 +7,8 @@ import pytest
 
 from edge_agent.config import FieldRule
 from edge_agent.errors import StalledError
-from edge_agent.samples.fields import FieldRules, load_key
+from edge_agent.samples.fields import FieldRules
+from edge_agent.samples.keys import load_key
 
 KEY = bytes(32)
 

@@ -28,8 +28,8 @@ class Device:
     """A session on real files; `trained` counts how often training was begun."""
 
     def __init__(self, directory, orders, *, now_s=NOW_S, failing=False, **limits):
-        self.job = build_training_job(directory, **limits)
         directory.mkdir(exist_ok=True)
+        self.job = build_training_job(directory, **limits)
         self.ledger = open_ledger(directory / "ledger.jsonl")
         self.ledger.restore(self.job.ledger_copy, self.job.delta, at=0)
         self.events = []
