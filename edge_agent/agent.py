@@ -36,6 +36,7 @@ from edge_agent.updates.challenger_slot import Challenger
 from edge_agent.updates.installer import Updater
 from edge_agent.updates.settings import UpdaterSettings
 from edge_agent.updates.verifier import verify_offer
+from edge_agent.updates.watch import OfferWatch
 from edge_agent.wake import TrainingDesk
 from models.contract.encoding import parse_json
 from models.contract.errors import ContractError, MalformedError
@@ -103,6 +104,7 @@ class Agent:
             on_event=lambda kind, message, version: self._reporter.tell(kind, message, version=version),
         )
         self._reporter = Reporter(settings, __version__, link=self._link, updater=self._updater, server=self._server)
+        self._offers = OfferWatch(self._updater.handle_offer)
         self._training = TrainingDesk(
             settings,
             updater=self._updater,
@@ -175,6 +177,7 @@ class Agent:
     async def _start_updates(self, stack: contextlib.AsyncExitStack) -> None:
         stack.push_async_callback(self._updater.close)
         _start_task(stack, self._updater.start())
+        _start_task(stack, self._offers.keep_checking())
 
     async def _prepare_training(self, stack: contextlib.AsyncExitStack) -> None:
         stack.push_async_callback(self._training.stop)
@@ -186,7 +189,7 @@ class Agent:
 
     def _take_message(self, topic: str, payload: bytes) -> None:
         if topic == self._offer_topic:
-            self._work(self._updater.handle_offer(payload))
+            self._work(self._offers.take(payload))
         elif topic == self._command_topic:
             self._work(self._training.handle_command(payload))
         elif topic == self._ack_topic:

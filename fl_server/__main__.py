@@ -7,7 +7,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Protocol
 
-from fl_server import commands
+from fl_server import commands, key_commands
 from fl_server.config import CONFIG_NAME
 from fl_server.errors import ServerError, UsageError
 from fl_server.rounds.optimizers import OPTIMIZER_NAMES
@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_package(subparsers)
     _add_release(subparsers)
     _add_rollback(subparsers)
+    _add_keys(subparsers)
     _add_train(subparsers)
     _add_simulate(subparsers)
     _add_demo(subparsers)
@@ -137,6 +138,7 @@ def _add_release(subparsers: _Subparsers) -> None:
     parser.add_argument("--challenger", action="store_true", help="beside the champion, not in its place")
     parser.add_argument("--weight", type=_parse_decimal, metavar="W", help="the challenger's share of answers, 0 to 1")
     parser.add_argument("--shadow", action="store_true", help="compare the challenger with the champion's answers")
+    _add_folders(parser)
     _add_following(parser)
     parser.set_defaults(execute=commands.run_release)
 
@@ -146,6 +148,38 @@ def _add_rollback(subparsers: _Subparsers) -> None:
     parser.add_argument("model", metavar="MODEL", help="whose champion goes back; once more, and it is the one of now")
     _add_following(parser)
     parser.set_defaults(execute=commands.run_rollback)
+
+
+def _add_keys(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "keys", "show who signs what until when; replace keys, renew signatures")
+    _add_folders(parser)
+    parser.set_defaults(execute=key_commands.run_list)
+    actions = parser.add_subparsers(metavar="ACTION", help="rotate or renew; without one, they are shown")
+    rotate = _add(actions, "rotate", "replace the keys of roles; devices learn of it from the next offer")
+    rotate.add_argument("roles", nargs="+", choices=key_commands.ROTATABLE, metavar="ROLE", help="%(choices)s")
+    rotate.add_argument("--key", default="", metavar="ID", help="only this one, as fl-server keys shows it")
+    rotate.add_argument("--signer", metavar="URI", help="hsm:, gcpkms:, awskms:, azurekms:, hv:, file2:PATH takes over")
+    rotate.add_argument("--public-key", type=Path, metavar="FILE", help="of the signer, PEM")
+    rotate.set_defaults(execute=key_commands.run_rotate)
+    renew = _add(actions, "renew", "sign again: what expires soon, or the roles named")
+    renew.add_argument("roles", nargs="*", metavar="ROLE", help="of fl-server keys")
+    renew.set_defaults(execute=key_commands.run_renew)
+    for action in (rotate, renew):  # what stands before the action holds, too
+        action.add_argument(
+            "--config", type=Path, default=argparse.SUPPRESS, metavar="FILE", help=f"default: ./{CONFIG_NAME}"
+        )
+        _add_folders(action, default=argparse.SUPPRESS)
+
+
+def _add_folders(parser: argparse.ArgumentParser, default: str | list[Path] | None = None) -> None:
+    parser.add_argument(
+        "--keys",
+        type=Path,
+        action="append",
+        default=[] if default is None else default,
+        metavar="DIR",
+        help="where further keys are, a stick for instance; may be given several times",
+    )
 
 
 def _add_train(subparsers: _Subparsers) -> None:

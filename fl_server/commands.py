@@ -41,6 +41,8 @@ def run_coordinator(arguments: Namespace) -> None:
 
 
 def run_enroll(arguments: Namespace) -> None:
+    from fl_server.rollout.repository import ReleaseRepository
+
     settings, directory = _load(arguments)
     federation = Federation(
         fleet=settings.fleet,
@@ -48,7 +50,7 @@ def run_enroll(arguments: Namespace) -> None:
         broker_port=settings.broker.port,
         superlink=settings.superlink.address,
         ca=directory.ca_path.read_bytes(),
-        tuf_root=(directory.tuf_dir / "1.root.json").read_bytes(),
+        tuf_root=ReleaseRepository(directory).load_root(),
     )
     model = arguments.model or _get_only_model(settings)
     with Roster(directory.database_path) as roster:
@@ -151,6 +153,10 @@ def run_release(arguments: Namespace) -> None:
     version_dir: Path = arguments.version_dir.resolve()
     if not (version_dir / MANIFEST_NAME).is_file():
         raise UsageError(f"{arguments.version_dir} holds no {MANIFEST_NAME}; a version comes from fl-server package")
+    if arguments.keys:  # the coordinator finds the graphs signed, and needs no key that is not its own
+        from fl_server.release import sign_graphs
+
+        sign_graphs(directory, version_dir, arguments.keys)
     _enqueue(arguments, directory, ReleaseRequest(version_dir=str(version_dir), split=split))
 
 
@@ -259,6 +265,11 @@ def run_demo(arguments: Namespace) -> None:
         devices=arguments.devices, rounds=arguments.rounds, epsilon=arguments.epsilon, out_dir=arguments.out
     )
     run_demo(options)
+
+
+def load_directory(arguments: Namespace) -> Directory:
+    """Return the federation that `--config` is of."""
+    return _load(arguments)[1]
 
 
 def _load(arguments: Namespace) -> tuple[ServerSettings, Directory]:

@@ -7,7 +7,7 @@ repeated at any time, so a kill between two of them is made good by the next one
 import asyncio
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -34,7 +34,16 @@ from fl_server.registry.registry import ModelVersion, Registry, RegistryError
 from fl_server.rollout.publisher import Publish, Publisher, count_pushed_bytes, list_blobs
 from fl_server.rollout.repository import ReleaseRepository
 from models.contract.encoding import build_digest, build_json, parse_json
-from models.contract.manifest import GRAPH_NAMES, Lineage, ModelManifest, Quality, build_manifest
+from models.contract.manifest import (
+    GRAPH_NAMES,
+    MANIFEST_NAME,
+    FileEntry,
+    Lineage,
+    ModelManifest,
+    Quality,
+    build_manifest,
+    parse_manifest,
+)
 from models.contract.offer import build_offer
 from models.contract.privacy import PrivacyStatement
 from models.contract.terms import Role, Split
@@ -160,12 +169,11 @@ class Releases:
         with Registry(self._directory.registry_dir) as registry:
             version = registry.create_model_version(version_dir)
             manifest = version.load_manifest()
-            graphs = {name: manifest.files[name] for name in GRAPH_NAMES if name in manifest.files}
             if split is not None:
                 _check_comparable(manifest, registry.get_model_version_by_alias(version.model, "champion"))
                 tag = build_json(split).decode()
                 registry.set_model_version_tag(version.model, version.version, SPLIT_TAG, tag)
-            self._repository.sign_graphs(graphs, now=datetime.now(UTC))
+            self._repository.sign_graphs(_list_graphs(manifest), now=datetime.now(UTC))
             alias: Role = "champion" if split is None else "challenger"
             registry.set_registered_model_alias(version.model, alias, version.version)
         return version
@@ -257,6 +265,20 @@ class Releases:
             metric = load_definition(resolve_definition(self._settings, model, self._directory.path)).metric
         x, y = data.x, data.y
         return lambda inference_path, float_path: measure_quality(inference_path, float_path, x, y, metric)
+
+
+def sign_graphs(directory: Directory, version_dir: Path, keys: Sequence[Path]) -> None:
+    """Sign the graphs of the version in `version_dir` with the offline key, which may be in one of the folders `keys`.
+
+    Raises:
+        ServerError: The key is in none of them.
+    """
+    manifest = parse_manifest((version_dir / MANIFEST_NAME).read_bytes())
+    ReleaseRepository(directory, keys).sign_graphs(_list_graphs(manifest), now=datetime.now(UTC))
+
+
+def _list_graphs(manifest: ModelManifest) -> dict[str, FileEntry]:
+    return {name: manifest.files[name] for name in GRAPH_NAMES if name in manifest.files}
 
 
 def _find_released(registry: Registry, model: str) -> dict[Role, ModelVersion]:

@@ -414,7 +414,7 @@ def test_version_of_another_model_is_refused(server: ReleaseServer, device: Devi
     server.sign_graphs(version_dir)
     manifest = (version_dir / MANIFEST_NAME).read_bytes()
     entry = FileEntry(digest=build_digest(manifest), size_bytes=len(manifest))
-    state = server.repository._load()
+    state = server.repository._store.load()
     path = build_release_target("digits", "champion")
     state.targets[ROLE_RELEASES].targets[path] = _build_target(path, entry)
     server.repository._issue(state, {ROLE_RELEASES}, server.now)

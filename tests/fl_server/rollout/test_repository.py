@@ -95,7 +95,7 @@ def test_graphs_are_signed_once_and_need_no_key_again(directory: Directory, repo
     (directory.offline_keys_dir / "graphs.pem").unlink()
     repository.sign_graphs({"train_step.onnx": GRAPH}, now=NOW)
     before = repository.load_metadata()
-    with pytest.raises(OfflineKeyError, match=r"graphs\.pem is not on this machine"):
+    with pytest.raises(OfflineKeyError, match="graphs was signed by 0/1 keys"):
         repository.sign_graphs({"evaluate.onnx": GRAPH}, now=NOW)
     assert repository.load_metadata() == before
 
