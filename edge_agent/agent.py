@@ -16,6 +16,7 @@ from typing import Any
 
 import uvloop
 
+from edge_agent import __version__
 from edge_agent.collector import Collector
 from edge_agent.config import AgentSettings
 from edge_agent.errors import AgentError, RequestError, StalledError
@@ -26,13 +27,16 @@ from edge_agent.http.server import bind_sockets
 from edge_agent.inference.sandbox import try_in_sandbox
 from edge_agent.link.mqtt import Broker, Link
 from edge_agent.lock import holding_lock
-from edge_agent.model_server import ModelServer, find_agent_version
+from edge_agent.model_server import ModelServer
 from edge_agent.monitor.telemetry import read_rss_mb
 from edge_agent.owner import OwnerStatus, load_privacy_report
 from edge_agent.reporter import Reporter
 from edge_agent.samples.sensor import SensorFeed
-from edge_agent.updates.installer import Updater, UpdaterSettings
+from edge_agent.updates.challenger_slot import Challenger
+from edge_agent.updates.installer import Updater
+from edge_agent.updates.settings import UpdaterSettings
 from edge_agent.updates.verifier import verify_offer
+from edge_agent.updates.watch import OfferWatch
 from edge_agent.wake import TrainingDesk
 from models.contract.encoding import parse_json
 from models.contract.errors import ContractError, MalformedError
@@ -75,7 +79,6 @@ class Agent:
     def __init__(self, settings: AgentSettings, root: bytes, sockets: Sequence[socket.socket]) -> None:
         self._settings = settings
         self._sockets = sockets
-        self._version = find_agent_version()
         self._token = load_token(settings.state_dir / TOKEN_NAME)
         self._server = ModelServer(settings.model, load_again=self._load_again if settings.serving.repository else None)
         self._engine = self._server.engine
@@ -97,11 +100,11 @@ class Agent:
             open_offer=partial(verify_offer, root=root, trust_dir=settings.state_dir / "tuf"),
             reader=self._link,
             try_version=self._try_version,
+            serve_challenger=None if settings.serving.challenger is not None else self._serve_challenger,
             on_event=lambda kind, message, version: self._reporter.tell(kind, message, version=version),
         )
-        self._reporter = Reporter(
-            settings, self._version, link=self._link, updater=self._updater, latencies=self._server.latencies
-        )
+        self._reporter = Reporter(settings, __version__, link=self._link, updater=self._updater, server=self._server)
+        self._offers = OfferWatch(self._updater.handle_offer)
         self._training = TrainingDesk(
             settings,
             updater=self._updater,
@@ -117,7 +120,7 @@ class Agent:
             ("outbox", self._keep_outbox),
             ("model", self._load_active),
             ("http", self._start_http),
-            ("challenger", self._start_challenger),
+            ("challenger", self._start_owners_challenger),
             ("retention", self._start_retention),
             ("sensor", self._start_sensor),
             ("link", self._start_link),
@@ -157,9 +160,9 @@ class Agent:
         answering = self._server.answer(app, self._sockets, on_end=self._stopped.set, grpc_address=address)
         await stack.enter_async_context(answering)
 
-    async def _start_challenger(self, stack: contextlib.AsyncExitStack) -> None:
+    async def _start_owners_challenger(self, stack: contextlib.AsyncExitStack) -> None:
         if self._settings.serving.challenger is not None:
-            _start_task(stack, asyncio.to_thread(self._challenge, self._settings.serving.challenger))
+            _start_task(stack, asyncio.to_thread(self._serve_owners, self._settings.serving.challenger))
 
     async def _start_sensor(self, stack: contextlib.AsyncExitStack) -> None:
         if self._settings.samples.mqtt_topic is not None:
@@ -174,6 +177,7 @@ class Agent:
     async def _start_updates(self, stack: contextlib.AsyncExitStack) -> None:
         stack.push_async_callback(self._updater.close)
         _start_task(stack, self._updater.start())
+        _start_task(stack, self._offers.keep_checking())
 
     async def _prepare_training(self, stack: contextlib.AsyncExitStack) -> None:
         stack.push_async_callback(self._training.stop)
@@ -185,7 +189,7 @@ class Agent:
 
     def _take_message(self, topic: str, payload: bytes) -> None:
         if topic == self._offer_topic:
-            self._work(self._updater.handle_offer(payload))
+            self._work(self._offers.take(payload))
         elif topic == self._command_topic:
             self._work(self._training.handle_command(payload))
         elif topic == self._ack_topic:
@@ -215,7 +219,16 @@ class Agent:
             raise RequestError("this device has no version yet: it waits for its first release", status=503)
         self._server.adopt(current.directory, current.manifest)
 
-    def _challenge(self, directory: Path) -> None:
+    def _serve_challenger(self, challenger: Challenger | None) -> None:
+        if challenger is None:
+            self._server.end_challenge()
+            return
+        if not challenger.is_proven:
+            try_in_sandbox(challenger.directory)
+        split = challenger.split
+        self._server.challenge(challenger.directory, weight=float(split.weight), shadow=split.shadow)
+
+    def _serve_owners(self, directory: Path) -> None:
         serving = self._settings.serving
         try:
             try_in_sandbox(directory)
@@ -240,7 +253,7 @@ class Agent:
         return OwnerStatus(
             device_id=settings.device_id,
             fleet=settings.fleet,
-            agent=self._version,
+            agent=__version__,
             model=settings.model,
             version=model.manifest.version if model else None,
             slot=current.slot if current else None,
@@ -258,7 +271,7 @@ class Agent:
 
     def _describe_device(self) -> Device:
         return Device(
-            agent_version=self._version,
+            agent_version=__version__,
             models=self._engine,
             add_samples=self._samples.add,
             build_inputs=self._samples.build_inputs,

@@ -74,13 +74,23 @@ class UpdateSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FederationSettings:
-    """Where and as whom the device trains."""
+    """Where and as whom the device trains.
+
+    Attributes:
+        definition: `FILE.py:NAME` of the model's definition, the owner's own code, which the training process runs for
+            a version that trains with the Opacus engine; None refuses to train such a version.
+    """
 
     superlink: str
     ca_path: Path
     node_key_path: Path
+    definition: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.definition is not None:
+            file, _, name = str(self.definition).rpartition(":")
+            if not file.endswith(".py") or not name.isidentifier():
+                raise ValueError(f"federation.definition is '{self.definition}', must be FILE.py:NAME")
         host, _, port = self.superlink.rpartition(":")
         if not host or not port.isdecimal():
             raise ValueError(f"federation.superlink is {self.superlink!r}, must be HOST:PORT")
@@ -96,12 +106,15 @@ class PrivacySettings:
         total_epsilon_limit: Largest that all models together may cost; None means the same as for one.
         noise_multiplier_limit: Least noise multiplier of a run; >= 0.
         delta: At which the lifetime epsilon is shown; (0, 1).
+        trust_coordinator: Whether the coordinator may see updates that have no noise yet, as the privacy unit `device`
+            needs: it then adds the noise to the sum of many.
     """
 
     epsilon_limit: Decimal = Decimal(8)
     total_epsilon_limit: Decimal | None = None
     noise_multiplier_limit: Decimal = Decimal(0)
     delta: Decimal = Decimal("0.001")
+    trust_coordinator: bool = False
 
     def __post_init__(self) -> None:
         for name, limit in (("epsilon_limit", self.epsilon_limit), ("total_epsilon_limit", self.total_limit)):

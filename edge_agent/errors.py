@@ -17,6 +17,10 @@ class StalledError(AgentError):
     """Retrying will not help: a person or a new release must act."""
 
 
+class EngineError(StalledError):
+    """This device cannot run the training engine of a version; its owner can change that."""
+
+
 class RequestError(AgentError):
     """A caller asked for something that cannot be; `status` is the HTTP status that says so."""
 

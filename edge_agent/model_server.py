@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gc
-import importlib.metadata
 import os
 import socket
 import sys
@@ -16,7 +15,7 @@ from edge_agent.http.app import App
 from edge_agent.http.server import HttpServer
 from edge_agent.inference.engine import Engine, Rivalry
 from edge_agent.inference.memory import give_back
-from edge_agent.inference.model import load_model, load_version
+from edge_agent.inference.model import load_manifest, load_model
 from edge_agent.monitor.latency import LatencyHistogram
 from edge_agent.monitor.metrics import build_metrics
 from edge_agent.monitor.telemetry import read_rss_mb
@@ -27,14 +26,6 @@ if TYPE_CHECKING:
     from edge_agent.rpc.server import GrpcServer
 
 _SWITCH_INTERVAL_S = 0.0005  # a tenth of Python's: a request waits that long for a thread that computes
-
-
-def find_agent_version() -> str:
-    """Return the version of the installed distribution."""
-    try:
-        return importlib.metadata.version("edge-fl")
-    except importlib.metadata.PackageNotFoundError:
-        return "0"
 
 
 class ModelServer:
@@ -59,18 +50,31 @@ class ModelServer:
         give_back()
 
     def challenge(self, directory: Path, *, weight: float, shadow: bool) -> None:
-        """Set the version in `directory` beside the champion; blocks.
+        """Set the version in `directory` beside the champion, or give the one that is there another split; blocks.
 
         Raises:
             StalledError: It is no version of this model, or does not load or run.
             MalformedError: It has no manifest.
         """
-        model = load_version(directory)
-        if model.manifest.model != self.engine.name:
-            raise StalledError(
-                f"{directory}: a version of {model.manifest.model!r}, expected one of {self.engine.name!r}"
-            )
+        manifest = load_manifest(directory)
+        if manifest.model != self.engine.name:
+            raise StalledError(f"{directory}: a version of {manifest.model!r}, expected one of {self.engine.name!r}")
+        rivalry = self.engine.rivalry
+        if rivalry is not None and rivalry.model.manifest == manifest:
+            model = rivalry.model
+        else:
+            model = load_model(directory, manifest)
         self.engine.challenge(Rivalry(model=model, weight=weight, shadow=shadow))
+
+    def end_challenge(self) -> None:
+        """Let the champion answer alone."""
+        self.engine.challenge(None)
+        give_back()
+
+    def find_challenger(self) -> int | None:
+        """Return which version stands beside the champion, if one does."""
+        others = self.engine.list_models()[1:]
+        return others[0].manifest.version if others else None
 
     def count_failure(self) -> None:
         self.failures += 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from edge_agent.config import AgentSettings, PrivacySettings
 from models.contract.encoding import parse_json
+from models.contract.privacy import Unit
 
 if TYPE_CHECKING:
     from edge_agent.training.budget import Entry
@@ -84,6 +85,7 @@ class LedgerLine:
     steps: int
     epsilon_before: Decimal
     epsilon_after: Decimal
+    unit: Unit = Unit.SAMPLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,7 @@ class PrivacyReport:
     Attributes:
         total_epsilon: Of all models together, over the device's lifetime.
         total_left: Of the owner's limit for all models together.
+        trusts_coordinator: Whether runs may have an update before there is noise on it.
         last: The newest entries, oldest first.
     """
 
@@ -104,6 +107,7 @@ class PrivacyReport:
     total_left: Decimal
     spent: tuple[ModelSpend, ...]
     last: tuple[LedgerLine, ...]
+    trusts_coordinator: bool = False
 
 
 def load_privacy_report(settings: AgentSettings) -> PrivacyReport:
@@ -145,6 +149,11 @@ def build_privacy_text(report: PrivacyReport) -> str:
         lines.append("Before it trains, the coordinator must say what this device spent before, if it ever did.")
     if report.noise_multiplier_limit > 0:
         lines.append(f"Runs with a noise multiplier below {report.noise_multiplier_limit:f} are refused.")
+    if report.trusts_coordinator:
+        lines.append(
+            "You trust the coordinator: in runs of the privacy unit 'device' it sees your clipped update, and adds the "
+            "noise to the sum of many. Such a run is charged as a whole, with its first round here."
+        )
     lines += [
         "Your samples stay on this device. What leaves it is noise added to the sum of many clipped contributions:",
         "the smaller epsilon, the less anyone who sees it can tell whether one given sample was among yours.",
@@ -162,9 +171,15 @@ def _describe_line(line: LedgerLine) -> str:
     when = dt.datetime.fromtimestamp(line.at, dt.UTC).strftime("%Y-%m-%d %H:%M")
     what = "the coordinator's copy" if line.run is None else f"round {line.round} of run {line.run}"
     return (
-        f"  {when} UTC  {line.model}, {what}: {line.steps} steps, sampling rate {line.sampling_rate:f}, "
+        f"  {when} UTC  {line.model}, {what}: {_describe_steps(line)}, sampling rate {line.sampling_rate:f}, "
         f"noise {line.noise_multiplier:f}, epsilon {line.epsilon_before:f} -> {line.epsilon_after:f}"
     )
+
+
+def _describe_steps(line: LedgerLine) -> str:
+    if line.unit is Unit.SAMPLE:
+        return f"{line.steps} steps"
+    return f"unit device, all {line.steps} rounds of the run" if line.steps else "unit device, already paid"
 
 
 def _build_report(entries: "Sequence[Entry]", limits: PrivacySettings) -> PrivacyReport:
@@ -195,6 +210,7 @@ def _build_report(entries: "Sequence[Entry]", limits: PrivacySettings) -> Privac
         total_left=max(Decimal(0), limits.total_limit - total),
         spent=tuple(spent),
         last=tuple(map(_build_line, entries[-LINES_SHOWN:])),
+        trusts_coordinator=limits.trust_coordinator,
     )
 
 
@@ -210,4 +226,5 @@ def _build_line(entry: "Entry") -> LedgerLine:
         steps=entry.steps,
         epsilon_before=entry.epsilon_before,
         epsilon_after=entry.epsilon_after,
+        unit=entry.unit,
     )

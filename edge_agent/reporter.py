@@ -10,7 +10,8 @@ from edge_agent.config import AgentSettings
 from edge_agent.errors import StalledError
 from edge_agent.link.mqtt import Link, Publication
 from edge_agent.link.outbox import Outbox, open_outbox
-from edge_agent.monitor.latency import LatencyHistogram, subtract
+from edge_agent.model_server import ModelServer
+from edge_agent.monitor.latency import subtract
 from edge_agent.monitor.telemetry import build_telemetry, read_rss_mb
 from edge_agent.updates.installer import Updater
 from models.contract.encoding import build_json
@@ -32,7 +33,7 @@ class Reporter:
     """
 
     def __init__(
-        self, settings: AgentSettings, version: str, *, link: Link, updater: Updater, latencies: LatencyHistogram
+        self, settings: AgentSettings, version: str, *, link: Link, updater: Updater, server: ModelServer
     ) -> None:
         """Open the outbox; if the disk has none to give, events wait in memory."""
         self.ignored = 0
@@ -40,8 +41,8 @@ class Reporter:
         self._version = version
         self._link = link
         self._updater = updater
-        self._latencies = latencies
-        self._reported = latencies.snapshot()
+        self._server = server
+        self._reported = server.latencies.snapshot()
         self._unreported = 0
         self._started_s = time.monotonic()
         self._outbox = _open_outbox(settings.state_dir / "outbox.db")
@@ -94,7 +95,7 @@ class Reporter:
         """Report at the configured interval, for ever."""
         while True:
             await asyncio.sleep(self._settings.telemetry.interval_s)
-            counts = self._latencies.snapshot()
+            counts = self._server.latencies.snapshot()
             current = self._updater.current()
             telemetry = build_telemetry(
                 model=self._settings.model,
@@ -123,6 +124,7 @@ class Reporter:
             slot=current.slot if current else None,
             update=self._updater.phase.value,
             trains=self._settings.federation is not None,
+            challenger=self._server.find_challenger(),
         )
         return Publication(topic=self._status_topic, payload=build_json(status), retain=True)
 

@@ -6,14 +6,14 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_agent import __version__
 from edge_agent.errors import AgentError, RequestError
-from edge_agent.inference.sandbox import try_in_sandbox
+from edge_agent.inference.sandbox import trying_in_copy
 from models.contract.errors import ContractError
 from models.contract.settings import SettingsError
 
@@ -57,24 +57,24 @@ def serve_version(options: ServeOptions) -> None:
     if options.challenger is None and (options.weight or options.shadow):
         raise SettingsError("--weight and --shadow are about a --challenger: name one")
     directories = [options.directory] if options.challenger is None else [options.directory, options.challenger]
-    with ThreadPoolExecutor() as pool:
-        trials = [pool.submit(_check, directory) for directory in directories]
-        import uvloop  # this and what follows while the children try the versions
+    manifest = _prepare(options.directory)
+    with contextlib.ExitStack() as stack:
+        trials = [stack.enter_context(trying_in_copy(directory)) for directory in directories]
+        import uvloop  # this and what follows while the copies try the versions
 
         from edge_agent.http.server import bind_sockets
 
         sockets = bind_sockets(options.host, options.port, options.uds)
-        manifest = _prepare(options.directory)
-        for trial in trials:
-            trial.result()
+        for directory, wait in zip(directories, trials, strict=True):
+            _check(directory, wait)
     server = _load(manifest, options)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_answer(server, _build_app(server, options), sockets, options))
 
 
-def _check(directory: Path) -> None:
+def _check(directory: Path, wait: Callable[[], None]) -> None:
     try:
-        try_in_sandbox(directory, niceness=0)
+        wait()
     except AgentError as error:
         raise SettingsError(f"{directory}: {error}") from error
 
@@ -121,10 +121,9 @@ async def _answer(server: "ModelServer", app: "App", sockets: Sequence[socket.so
 
 def _build_app(server: "ModelServer", options: ServeOptions) -> "App":
     from edge_agent.http.app import App, Device
-    from edge_agent.model_server import find_agent_version
 
     device = Device(
-        agent_version=find_agent_version(),
+        agent_version=__version__,
         models=server.engine,
         add_samples=_refuse("keeps no samples"),
         build_inputs=partial(_build_inputs, server),

@@ -17,14 +17,17 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge_agent.errors import AgentError, StalledError
-from edge_agent.training.dp_sgd import StepGraph, local_training, open_step_graph
-from edge_agent.training.noise import Entropy, Keystream, draw_gaussian, draw_poisson
+from edge_agent.training.bounded_sgd import bounded_training
+from edge_agent.training.dp_sgd import local_training
+from edge_agent.training.step import Step, open_step
 from models.contract.encoding import parse_json
 from models.contract.envelope import TrainOrder, open_envelope
 from models.contract.errors import ContractError
 from models.contract.manifest import MANIFEST_NAME, TrainingContract, parse_manifest
+from models.contract.privacy import Unit
 from models.contract.simulation import UPDATE_LENGTH_BYTES, SimulationJob, VirtualRound
 from models.tensors.layout import Vector, parse_vector_bytes
+from models.tensors.noise import Entropy, Keystream, draw_gaussian, draw_poisson
 from models.tensors.uplink import encode_update
 
 LINE_MAX_BYTES = 1 << 30  # the coordinator's own words, about 2 kB a device
@@ -48,14 +51,14 @@ def play(words: BinaryIO) -> Iterator[bytes]:
     """Yield the updates that `words` asks for.
 
     Raises:
-        AgentError: The graph does not fit.
+        AgentError: The step does not fit.
         ContractError: An order or document is not one.
         OSError: A file is missing.
     """
     job = parse_json(words.readline(), SimulationJob, max_bytes=LINE_MAX_BYTES)
     manifest = parse_manifest(Path(job.graph_dir, MANIFEST_NAME).read_bytes())
-    step = open_step_graph(Path(job.graph_dir), manifest)
-    assert manifest.training is not None  # the step graph opened
+    step = open_step(Path(job.graph_dir), manifest, job.definition)
+    assert manifest.training is not None  # the step opened
     device = _Devices(job, step, manifest.training, manifest.training_input.dtype)
     while line := words.readline():
         asked = parse_json(line, VirtualRound, max_bytes=LINE_MAX_BYTES)
@@ -68,7 +71,7 @@ def play(words: BinaryIO) -> Iterator[bytes]:
 class _Devices:
     """All devices of a job; one is as good as another until it gets its samples."""
 
-    def __init__(self, job: SimulationJob, step: StepGraph, contract: TrainingContract, dtype: str) -> None:
+    def __init__(self, job: SimulationJob, step: Step, contract: TrainingContract, dtype: str) -> None:
         self._job, self._step, self._target, self._dtype = job, step, contract.target, dtype
         self._key = Ed25519PublicKey.from_public_bytes(job.coordinator_key)
 
@@ -82,16 +85,12 @@ class _Devices:
             x = arrays["x"].astype(self._dtype, copy=False)
             y = arrays["y"].astype(self._target.dtype, copy=False).reshape(-1, *self._target.row_shape)
         entropy = _choose_entropy(self._job.seed, f"{device_id} {order.round}")
-        update = local_training(
-            self._step,
-            x,
-            y,
-            parameters,
-            order.privacy,
-            order.training,
-            partial(draw_gaussian, entropy=entropy),
-            partial(draw_poisson, entropy=entropy),
-        )
+        noise, sampler = partial(draw_gaussian, entropy=entropy), partial(draw_poisson, entropy=entropy)
+        plans = order.privacy, order.training
+        if order.privacy.unit is Unit.DEVICE:
+            update = bounded_training(self._step, x, y, parameters, *plans, sampler)
+        else:
+            update = local_training(self._step, x, y, parameters, *plans, noise, sampler)
         rounding = np.random.default_rng(int.from_bytes(entropy(16), "little"))
         return encode_update(update, order.training.uplink, rounding)
 

@@ -17,19 +17,21 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from edge_agent.errors import AgentError, StalledError
+from edge_agent.errors import AgentError, EngineError, StalledError
 from edge_agent.samples.store import SampleStore, open_samples
 from edge_agent.training import node
-from edge_agent.training.dp_sgd import StepGraph, local_training, open_step_graph
+from edge_agent.training.bounded_sgd import bounded_training
+from edge_agent.training.dp_sgd import local_training
 from edge_agent.training.job import TrainingEvent, TrainingJob, build_event, parse_job
 from edge_agent.training.ledger import Ledger, NoCopyError, open_ledger
-from edge_agent.training.noise import draw_gaussian, draw_poisson
 from edge_agent.training.session import TrainingSession
+from edge_agent.training.step import Step, open_step
 from edge_agent.training.updates import UpdateStore
 from models.contract.errors import ContractError
-from models.contract.manifest import MANIFEST_NAME, TRAIN_STEP_NAME, ModelManifest, parse_manifest
-from models.contract.privacy import PrivacyPlan, TrainingPlan
+from models.contract.manifest import MANIFEST_NAME, ModelManifest, parse_manifest
+from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
 from models.tensors.layout import Vector
+from models.tensors.noise import draw_gaussian, draw_poisson
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +69,11 @@ def train(job: TrainingJob, *, report: Callable[[TrainingEvent], None]) -> None:
     """
     manifest = _load_manifest(job)
     key = _parse_key(job.coordinator_key_pem)
-    step = open_step_graph(Path(job.graph_dir), manifest)
+    try:
+        step = open_step(Path(job.graph_dir), manifest, job.definition)
+    except EngineError as error:
+        report(TrainingEvent(event="refused", message=str(error)))
+        return
     training_dir = Path(job.training_dir)
     updates = UpdateStore(training_dir / UPDATES_NAME)
     samples_key = bytes.fromhex(job.samples_key)
@@ -83,7 +89,7 @@ def train(job: TrainingJob, *, report: Callable[[TrainingEvent], None]) -> None:
         updates.remove_other_runs(job.run)
         session = TrainingSession(
             job=job,
-            graph_digest=manifest.files[TRAIN_STEP_NAME].digest,
+            graph_digest=manifest.step_digest,
             size=step.size,
             key=key,
             ledger=ledger,
@@ -117,14 +123,16 @@ def _restore(ledger: Ledger, job: TrainingJob) -> None:
 
 
 def _build_training(
-    step: StepGraph, samples: SampleStore, manifest: ModelManifest
+    step: Step, samples: SampleStore, manifest: ModelManifest
 ) -> Callable[[Vector, PrivacyPlan, TrainingPlan], Vector]:
-    assert manifest.training is not None  # the step graph opened
+    assert manifest.training is not None  # the step opened
     target = manifest.training.target
 
     def run_round(parameters: Vector, privacy: PrivacyPlan, training: TrainingPlan) -> Vector:
         # Read anew each round: a sample that was forgotten since must not be used.
         x, y = samples.load(manifest.training_input, target)
+        if privacy.unit is Unit.DEVICE:
+            return bounded_training(step, x, y, parameters, privacy, training, draw_poisson)
         return local_training(step, x, y, parameters, privacy, training, draw_gaussian, draw_poisson)
 
     return run_round

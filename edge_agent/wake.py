@@ -101,6 +101,7 @@ class TrainingDesk:
             superlink=federation.superlink,
             ca_path=str(federation.ca_path),
             node_key_path=str(federation.node_key_path),
+            definition=None if federation.definition is None else str(federation.definition),
             samples_path=str(settings.samples_path),
             samples_key=self._load_samples_key().hex(),
             training_dir=str(settings.training_dir),
@@ -110,6 +111,7 @@ class TrainingDesk:
             total_epsilon_limit=settings.privacy.total_limit,
             delta=settings.privacy.delta,
             noise_multiplier_limit=settings.privacy.noise_multiplier_limit,
+            trusts_coordinator=settings.privacy.trust_coordinator,
             ledger_copy=command.ledger,
         )
 

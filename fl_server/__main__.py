@@ -7,11 +7,13 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Protocol
 
-from fl_server import commands
+from fl_server import commands, key_commands
 from fl_server.config import CONFIG_NAME
 from fl_server.errors import ServerError, UsageError
+from fl_server.rounds.optimizers import OPTIMIZER_NAMES
 from fl_server.rounds.rule import RULE_NAMES
 from models.contract.errors import ContractError
+from models.contract.privacy import Unit
 from models.contract.settings import SettingsError
 
 
@@ -30,6 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_devices(subparsers)
     _add_package(subparsers)
     _add_release(subparsers)
+    _add_rollback(subparsers)
+    _add_keys(subparsers)
     _add_train(subparsers)
     _add_simulate(subparsers)
     _add_demo(subparsers)
@@ -127,9 +131,55 @@ def _add_package(subparsers: _Subparsers) -> None:
 
 def _add_release(subparsers: _Subparsers) -> None:
     parser = _add_with_config(subparsers, "release", "sign a model version and offer it to the fleet")
-    parser.add_argument("version_dir", type=Path, metavar="VERSION_DIR", help="made by fl-server package")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("version_dir", type=Path, nargs="?", metavar="VERSION_DIR", help="made by fl-server package")
+    what.add_argument("--promote", metavar="MODEL", help="make the model's challenger its champion")
+    what.add_argument("--withdraw", metavar="MODEL", help="take the model's challenger back")
+    parser.add_argument("--challenger", action="store_true", help="beside the champion, not in its place")
+    parser.add_argument("--weight", type=_parse_decimal, metavar="W", help="the challenger's share of answers, 0 to 1")
+    parser.add_argument("--shadow", action="store_true", help="compare the challenger with the champion's answers")
+    _add_folders(parser)
     _add_following(parser)
     parser.set_defaults(execute=commands.run_release)
+
+
+def _add_rollback(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "rollback", "make the version that was champion before the champion again")
+    parser.add_argument("model", metavar="MODEL", help="whose champion goes back; once more, and it is the one of now")
+    _add_following(parser)
+    parser.set_defaults(execute=commands.run_rollback)
+
+
+def _add_keys(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "keys", "show who signs what until when; replace keys, renew signatures")
+    _add_folders(parser)
+    parser.set_defaults(execute=key_commands.run_list)
+    actions = parser.add_subparsers(metavar="ACTION", help="rotate or renew; without one, they are shown")
+    rotate = _add(actions, "rotate", "replace the keys of roles; devices learn of it from the next offer")
+    rotate.add_argument("roles", nargs="+", choices=key_commands.ROTATABLE, metavar="ROLE", help="%(choices)s")
+    rotate.add_argument("--key", default="", metavar="ID", help="only this one, as fl-server keys shows it")
+    rotate.add_argument("--signer", metavar="URI", help="hsm:, gcpkms:, awskms:, azurekms:, hv:, file2:PATH takes over")
+    rotate.add_argument("--public-key", type=Path, metavar="FILE", help="of the signer, PEM")
+    rotate.set_defaults(execute=key_commands.run_rotate)
+    renew = _add(actions, "renew", "sign again: what expires soon, or the roles named")
+    renew.add_argument("roles", nargs="*", metavar="ROLE", help="of fl-server keys")
+    renew.set_defaults(execute=key_commands.run_renew)
+    for action in (rotate, renew):  # what stands before the action holds, too
+        action.add_argument(
+            "--config", type=Path, default=argparse.SUPPRESS, metavar="FILE", help=f"default: ./{CONFIG_NAME}"
+        )
+        _add_folders(action, default=argparse.SUPPRESS)
+
+
+def _add_folders(parser: argparse.ArgumentParser, default: str | list[Path] | None = None) -> None:
+    parser.add_argument(
+        "--keys",
+        type=Path,
+        action="append",
+        default=[] if default is None else default,
+        metavar="DIR",
+        help="where further keys are, a stick for instance; may be given several times",
+    )
 
 
 def _add_train(subparsers: _Subparsers) -> None:
@@ -145,17 +195,44 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     decimals = {
         "epsilon": ("8", "privacy loss of the whole run, at most"),
         "delta": ("0.001", "chance that the bound fails"),
-        "sampling-rate": ("0.25", "with which each sample takes part in a step"),
-        "clipping-norm": ("1", "L2 bound of one sample's gradient"),
+        "sampling-rate": ("0.25", "with which each sample takes part in a step, or each device in a round"),
+        "clipping-norm": ("1", "L2 bound of one sample's gradient, or of one device's update"),
         "learning-rate": ("0.5", "of the devices' optimiser"),
         "momentum": ("0", "of the devices' SGD, begun anew each round"),
         "proximal-mu": ("0", "weight of FedProx's pull towards the parameters that a round begins with"),
         "expected-batch": ("32", "samples a step is divided by, a constant of the plan"),
+        "server-learning-rate": ("1", "of the coordinator's optimiser"),
+        "server-momentum": ("0", "of the coordinator's optimiser, where it is not fedavg"),
     }
     for name, (default, summary) in decimals.items():
         parser.add_argument(
             f"--{name}", type=_parse_decimal, default=default, metavar="X", help=f"{summary} (default: %(default)s)"
         )
+    parser.add_argument(
+        "--unit",
+        choices=[unit.value for unit in Unit],
+        default="sample",
+        help="what is protected: one record, or all of a device from those who see models (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--clipping-quantile",
+        type=_parse_decimal,
+        metavar="X",
+        help="share of updates that the clipping norm is to leave uncut, round by round; of unit device",
+    )
+    parser.add_argument(
+        "--participation",
+        choices=("hidden", "visible"),
+        default="hidden",
+        help="visible claims no amplification, for who can see which devices take part; of unit device "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--server-optimizer",
+        choices=OPTIMIZER_NAMES,
+        default="fedavg",
+        help="what moves the parameters by a round's step (default: %(default)s)",
+    )
     parser.add_argument(
         "--optimizer", choices=("sgd", "adam"), default="sgd", help="of the devices (default: %(default)s)"
     )
@@ -177,9 +254,6 @@ def _add_simulate(subparsers: _Subparsers) -> None:
     parser.add_argument("--train", type=Path, required=True, metavar="DIR", help="one npz of x and y a device")
     parser.add_argument(
         "--test", type=Path, required=True, metavar="DIR", help="the same, measured and never trained on"
-    )
-    parser.add_argument(
-        "--unit", choices=("sample",), default="sample", help="what is protected (default: %(default)s)"
     )
     _add_plan(parser)
     parser.add_argument(

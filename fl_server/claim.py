@@ -3,11 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-from fl_server.privacy.calibration import Phase
+from fl_server.errors import UsageError
+from fl_server.privacy.calibration import Phase, count_steps
 from fl_server.privacy.statement import build_statement
 from fl_server.rounds.run import SPEC_NAME, RunSpec, load_checkpoint, load_spec
 from models.contract.manifest import ModelManifest
-from models.contract.privacy import PrivacyStatement
+from models.contract.privacy import PrivacyPlan, PrivacyStatement, Unit
 
 
 def build_claim(runs_dir: Path, spec: RunSpec, number: int, base: ModelManifest) -> PrivacyStatement:
@@ -29,7 +30,7 @@ def build_claim(runs_dir: Path, spec: RunSpec, number: int, base: ModelManifest)
         spec.privacy,
         steps=spec.training.steps,
         rounds_done=number,
-        cohort=len(spec.devices),
+        cohort=count_cohort(spec.privacy, len(spec.devices)),
         earlier=_load_earlier(runs_dir, spec),
     )
     is_counted = base.lineage.run is not None and (runs_dir / base.lineage.run / SPEC_NAME).exists()
@@ -38,6 +39,26 @@ def build_claim(runs_dir: Path, spec: RunSpec, number: int, base: ModelManifest)
     # It was made elsewhere: of two runs whose steps are not all known, epsilons and deltas add up.
     epsilon, delta = statement.epsilon + base.privacy.epsilon, statement.delta + base.privacy.delta
     return dataclasses.replace(statement, epsilon=epsilon, delta=delta)
+
+
+def check_unit(runs_dir: Path, model: str, unit: Unit) -> None:
+    """Raise UsageError if a run of `model` had another unit than `unit`: no version could claim either.
+
+    Raises:
+        RunError: A run's specification is damaged.
+    """
+    for path in sorted(runs_dir.glob(f"*/{SPEC_NAME}")):
+        earlier = load_spec(path.parent)
+        if earlier.model == model and earlier.privacy.unit is not unit:
+            raise UsageError(
+                f"run {earlier.run} trained {model} under the privacy unit {earlier.privacy.unit.value}; no version could "
+                f"claim what {unit.value} promises for all of its runs: give the model another name"
+            )
+
+
+def count_cohort(plan: PrivacyPlan, enrolled: int) -> int:
+    """Return how many devices a round expects, as a version says it."""
+    return enrolled if plan.unit is Unit.SAMPLE else max(1, round(plan.sampling_rate * enrolled))
 
 
 def _load_earlier(runs_dir: Path, spec: RunSpec) -> tuple[Phase, ...]:
@@ -51,9 +72,9 @@ def _load_earlier(runs_dir: Path, spec: RunSpec) -> tuple[Phase, ...]:
         asked = min((checkpoint.round if checkpoint else 0) + 1, earlier.training.rounds)
         phases.append(
             Phase(
-                sampling_rate=earlier.privacy.sampling_rate,
+                sampling_rate=earlier.privacy.claimed_rate,
                 noise_multiplier=earlier.privacy.noise_multiplier,
-                steps=asked * earlier.training.steps,
+                steps=asked * count_steps(earlier.privacy.unit, earlier.training.steps),
             )
         )
     return tuple(phases)

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from argparse import Namespace
+from decimal import Decimal
 from pathlib import Path
 from typing import TextIO
 
@@ -12,11 +13,13 @@ from fl_server.directory import Directory
 from fl_server.errors import ServerError, UsageError
 from fl_server.fleet.enrolment import Federation, enroll_device
 from fl_server.fleet.roster import Device, Roster
-from fl_server.jobs import Job, Jobs, JobState, ReleaseRequest, Request, TrainRequest
+from fl_server.jobs import Job, Jobs, JobState, PromoteRequest, ReleaseRequest, Request, TrainRequest, WithdrawRequest
 from fl_server.lock import holding_lock, is_locked
+from fl_server.rounds.optimizers import ServerOptimizer
 from fl_server.rounds.rule import Aggregation
 from models.contract.manifest import MANIFEST_NAME, ModelManifest
 from models.contract.privacy import TrainingPlan, Unit
+from models.contract.terms import Role, Split
 
 POLL_INTERVAL_S = 0.2  # of a job that is followed
 
@@ -38,6 +41,8 @@ def run_coordinator(arguments: Namespace) -> None:
 
 
 def run_enroll(arguments: Namespace) -> None:
+    from fl_server.rollout.repository import ReleaseRepository
+
     settings, directory = _load(arguments)
     federation = Federation(
         fleet=settings.fleet,
@@ -45,7 +50,7 @@ def run_enroll(arguments: Namespace) -> None:
         broker_port=settings.broker.port,
         superlink=settings.superlink.address,
         ca=directory.ca_path.read_bytes(),
-        tuf_root=(directory.tuf_dir / "1.root.json").read_bytes(),
+        tuf_root=ReleaseRepository(directory).load_root(),
     )
     model = arguments.model or _get_only_model(settings)
     with Roster(directory.database_path) as roster:
@@ -141,10 +146,52 @@ def _say(line: str) -> None:
 
 def run_release(arguments: Namespace) -> None:
     _, directory = _load(arguments)
+    split = _build_split(arguments)
+    if arguments.version_dir is None:
+        _enqueue(arguments, directory, _build_verdict(arguments, directory))
+        return
     version_dir: Path = arguments.version_dir.resolve()
     if not (version_dir / MANIFEST_NAME).is_file():
         raise UsageError(f"{arguments.version_dir} holds no {MANIFEST_NAME}; a version comes from fl-server package")
-    _enqueue(arguments, directory, ReleaseRequest(version_dir=str(version_dir)))
+    if arguments.keys:  # the coordinator finds the graphs signed, and needs no key that is not its own
+        from fl_server.release import sign_graphs
+
+        sign_graphs(directory, version_dir, arguments.keys)
+    _enqueue(arguments, directory, ReleaseRequest(version_dir=str(version_dir), split=split))
+
+
+def _build_split(arguments: Namespace) -> Split | None:
+    if not arguments.challenger:
+        if arguments.weight is not None or arguments.shadow:
+            raise UsageError("--weight and --shadow are about a challenger: add --challenger")
+        return None
+    if arguments.version_dir is None:
+        raise UsageError("--challenger is about a VERSION_DIR: --promote and --withdraw end what is released")
+    try:
+        return Split(weight=arguments.weight or Decimal(0), shadow=arguments.shadow)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _build_verdict(arguments: Namespace, directory: Directory) -> PromoteRequest | WithdrawRequest:
+    if arguments.promote is None:
+        version = _find_version(directory, arguments.withdraw, "challenger")
+        return WithdrawRequest(model=arguments.withdraw, version=version)
+    version = _find_version(directory, arguments.promote, "challenger")
+    return PromoteRequest(model=arguments.promote, version=version)
+
+
+def run_rollback(arguments: Namespace) -> None:
+    _, directory = _load(arguments)
+    version = _find_version(directory, arguments.model, "previous")
+    _enqueue(arguments, directory, PromoteRequest(model=arguments.model, version=version))
+
+
+def _find_version(directory: Directory, model: str, alias: Role) -> int:
+    from fl_server.registry.registry import Registry
+
+    with Registry(directory.registry_dir) as registry:
+        return registry.get_model_version_by_alias(model, alias).version
 
 
 def run_train(arguments: Namespace) -> None:
@@ -156,7 +203,7 @@ def run_train(arguments: Namespace) -> None:
     with Roster(directory.database_path) as roster:
         enrolled = sum(device.revoked_at is None for device in roster.list_devices())
     try:
-        request.aggregation.check_fits(Unit.SAMPLE, devices=enrolled)
+        request.aggregation.check_fits(request.unit, devices=enrolled)
     except ValueError as error:
         raise UsageError(str(error)) from error
     _enqueue(arguments, directory, request)
@@ -170,6 +217,7 @@ def run_simulate(arguments: Namespace) -> None:
     simulate(
         definition,
         _build_train_request(arguments, definition.name),
+        reference=arguments.definition,
         train_dir=arguments.train,
         test_dir=arguments.test,
         seed=arguments.seed,
@@ -183,6 +231,14 @@ def _build_train_request(arguments: Namespace, model: str) -> TrainRequest:
         return TrainRequest(
             model=model,
             aggregation=Aggregation(rule=arguments.aggregation, byzantine=arguments.byzantine),
+            unit=Unit(arguments.unit),
+            optimizer=ServerOptimizer(
+                name=arguments.server_optimizer,
+                learning_rate=arguments.server_learning_rate,
+                momentum=arguments.server_momentum,
+            ),
+            clipping_quantile=arguments.clipping_quantile,
+            participation=arguments.participation,
             epsilon=arguments.epsilon,
             delta=arguments.delta,
             sampling_rate=arguments.sampling_rate,
@@ -209,6 +265,11 @@ def run_demo(arguments: Namespace) -> None:
         devices=arguments.devices, rounds=arguments.rounds, epsilon=arguments.epsilon, out_dir=arguments.out
     )
     run_demo(options)
+
+
+def load_directory(arguments: Namespace) -> Directory:
+    """Return the federation that `--config` is of."""
+    return _load(arguments)[1]
 
 
 def _load(arguments: Namespace) -> tuple[ServerSettings, Directory]:
@@ -239,6 +300,7 @@ def _describe(device: Device) -> dict[str, str | int | float | bool | None]:
         "state": state,
         "model": status.model if status else None,
         "version": status.version if status else None,
+        "challenger": status.challenger if status else None,
         "digest": status.digest if status else None,
         "update": status.update if status else None,
         "trains": status is not None and status.trains,

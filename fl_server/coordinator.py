@@ -22,7 +22,7 @@ from fl_server.directory import Directory
 from fl_server.errors import RunError, ServerError
 from fl_server.fleet.mqtt import Connected, Disconnected, FromDevice, Link, LinkError
 from fl_server.fleet.roster import Roster, RosterError
-from fl_server.jobs import Job, Jobs, JobState, ReleaseRequest
+from fl_server.jobs import Job, Jobs, JobState, PromoteRequest, ReleaseRequest, WithdrawRequest
 from fl_server.orders import Orders
 from fl_server.release import ReleaseResult, Releases
 from fl_server.rollout.keys import load_key
@@ -184,17 +184,28 @@ class Coordinator:
             logger.info("job %d: %s", job.job, line)
             self._jobs.add_line(job.job, line)
 
-        if isinstance(job.request, ReleaseRequest):
-            version = await self._releases.release_folder(Path(job.request.version_dir))
-            is_offered = await self._releases.publish()
-            offered = "offered to the fleet" if is_offered else "offered once the broker is back"
-            say(f"{version.model} version {version.version} is the champion, {offered}")
-            return ReleaseResult(model=version.model, version=version.version, digest=version.manifest_digest)
+        if isinstance(job.request, ReleaseRequest | PromoteRequest | WithdrawRequest):
+            return await self._release(job.request, say)
         self._run = TrainingRun(f"{int(job.created_at)}-{job.job}", job.request, self._services, say)
         try:
             return await self._run.execute()
         finally:
             self._run = None
+
+    async def _release(
+        self, request: ReleaseRequest | PromoteRequest | WithdrawRequest, say: Callable[[str], None]
+    ) -> ReleaseResult:
+        match request:
+            case ReleaseRequest(version_dir=version_dir, split=split):
+                version = await self._releases.release_folder(Path(version_dir), split)
+                what = "the champion" if split is None else f"the challenger, {split}"
+            case PromoteRequest(model=model, version=number):
+                version, what = self._releases.promote(model, number), "the champion"
+            case WithdrawRequest(model=model, version=number):
+                version, what = self._releases.withdraw(model, number), "no challenger any more"
+        when = "the fleet is told" if await self._releases.publish() else "the fleet is told once the broker is back"
+        say(f"{version.model} version {version.version} is {what}; {when}")
+        return ReleaseResult(model=version.model, version=version.version, digest=version.manifest_digest)
 
     async def _keep_published(self) -> None:
         lacks_all = False

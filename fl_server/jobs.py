@@ -10,10 +10,13 @@ from typing import Self
 
 from fl_server.database import open_database
 from fl_server.errors import ServerError
+from fl_server.rounds.optimizers import FEDAVG, ServerOptimizer
 from fl_server.rounds.rule import MEAN, Aggregation
+from fl_server.rounds.run import check_quantile
 from models.contract.encoding import build_json, parse_json
 from models.contract.errors import ContractError
-from models.contract.privacy import TrainingPlan
+from models.contract.privacy import Participation, TrainingPlan, Unit
+from models.contract.terms import Split
 from models.contract.topics import check_name
 
 LINES_KEPT = 10_000  # of each job; older ones go: what a device reports must not fill the disk
@@ -47,9 +50,32 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseRequest:
-    """Make the version in this folder the champion of its model."""
+    """Make the version in this folder the champion of its model, or with a split its challenger."""
 
     version_dir: str
+    split: Split | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromoteRequest:
+    """Make a registered version the champion; it is named, so that after a restart it is the same one."""
+
+    model: str
+    version: int
+
+    def __post_init__(self) -> None:
+        check_name(self.model, "model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WithdrawRequest:
+    """Let a version be its model's challenger no more; once more does nothing."""
+
+    model: str
+    version: int
+
+    def __post_init__(self) -> None:
+        check_name(self.model, "model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +89,14 @@ class TrainRequest:
     clipping_norm: Decimal
     training: TrainingPlan
     aggregation: Aggregation = MEAN
+    unit: Unit = Unit.SAMPLE
+    optimizer: ServerOptimizer = FEDAVG
+    clipping_quantile: Decimal | None = None
+    participation: Participation = "hidden"
 
     def __post_init__(self) -> None:
         check_name(self.model, "model")
+        check_quantile(self.clipping_quantile, self.unit)
         if not (self.epsilon > 0 and 0 < self.delta < 1):
             raise ValueError(f"epsilon {self.epsilon} must be > 0 and delta {self.delta} in (0, 1)")
         if not (0 < self.sampling_rate <= 1 and self.clipping_norm > 0):
@@ -74,8 +105,13 @@ class TrainRequest:
             )
 
 
-Request = ReleaseRequest | TrainRequest
-_KINDS: dict[str, type[ReleaseRequest | TrainRequest]] = {"release": ReleaseRequest, "train": TrainRequest}
+Request = ReleaseRequest | PromoteRequest | WithdrawRequest | TrainRequest
+_KINDS: dict[str, type[Request]] = {
+    "release": ReleaseRequest,
+    "promote": PromoteRequest,
+    "withdraw": WithdrawRequest,
+    "train": TrainRequest,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -174,7 +174,8 @@ def _load_or_export(definition: ModelDefinition, directory: Path, say: Say) -> A
             f"{directory} was exported from another definition of {definition.name!r}; "
             "remove that folder, or give the new definition a name of its own"
         )
-    say(f"using the architecture in {directory}; remove it if the definition has changed")
+    needs = "; it trains with the Opacus engine" if architecture.training.engine == "opacus" else ""
+    say(f"using the architecture in {directory}{needs}; remove it if the definition has changed")
     return update_wishes(architecture, definition)
 
 

@@ -8,9 +8,10 @@ from fl_server.directory import Directory
 from fl_server.errors import UsageError
 from fl_server.jobs import TrainRequest
 from fl_server.privacy.calibration import build_privacy_plan
+from fl_server.rounds.mechanism import compute_expected_cohort, compute_sum_noise
 from fl_server.rounds.run import RunSpec
-from models.contract.manifest import TRAIN_STEP_NAME, ModelManifest
-from models.contract.privacy import ADAM_DECAYS, PrivacyPlan, TrainingPlan
+from models.contract.manifest import ModelManifest
+from models.contract.privacy import ADAM_DECAYS, PrivacyPlan, TrainingPlan, Unit
 from models.tensors.layout import Layout
 from models.tensors.uplink import STRETCH_MAX
 
@@ -43,28 +44,18 @@ def build_spec(
         UsageError: No noise keeps the budget, or the devices are too few for the rule of aggregation.
     """
     training, aggregation = request.training, request.aggregation
-    privacy = build_privacy_plan(
-        clipping_norm=request.clipping_norm,
-        sampling_rate=request.sampling_rate,
-        delta=request.delta,
-        epsilon=request.epsilon,
-        steps=training.steps,
-        rounds=training.rounds,
-    )
-    try:
-        aggregation.check_fits(privacy.unit, devices=len(devices))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    privacy = build_privacy(request, devices=len(devices))
+    expected = len(devices) if privacy.unit is Unit.SAMPLE else compute_expected_cohort(privacy, len(devices))
     return RunSpec(
         fleet=settings.fleet,
         model=request.model,
         run=run,
-        graph_digest=champion.files[TRAIN_STEP_NAME].digest,
+        graph_digest=champion.step_digest,
         layout=layout,
         privacy=privacy,
         training=training,
         devices=devices,
-        quorum=max(math.ceil(settings.rounds.quorum * len(devices)), aggregation.least_updates),
+        quorum=max(math.ceil(settings.rounds.quorum * expected), aggregation.least_updates),
         deadline_s=settings.rounds.deadline_s,
         join_timeout_s=settings.rounds.join_timeout_s,
         superlink=settings.superlink.address,
@@ -73,7 +64,39 @@ def build_spec(
         order_key_path=str(directory.order_key_path),
         update_norm_limit=compute_norm_limit(privacy, training, layout.size),
         aggregation=aggregation,
+        optimizer=request.optimizer,
+        clipping_quantile=request.clipping_quantile,
     )
+
+
+def build_privacy(request: TrainRequest, *, devices: int) -> PrivacyPlan:
+    """Return the plan whose noise keeps the budget of `request` with so many `devices` enrolled.
+
+    Raises:
+        UsageError: Nothing can keep it, it promises nothing, or the devices are too few.
+    """
+    if request.unit is Unit.DEVICE and request.delta * devices > 1:
+        raise UsageError(
+            f"--delta is {request.delta}, above 1/{devices}, one by the number of devices: that would allow to publish "
+            "one of them as it is"
+        )
+    privacy = build_privacy_plan(
+        unit=request.unit,
+        clipping_norm=request.clipping_norm,
+        sampling_rate=request.sampling_rate,
+        delta=request.delta,
+        epsilon=request.epsilon,
+        steps=request.training.steps,
+        rounds=request.training.rounds,
+        participation=request.participation,
+    )
+    try:
+        request.aggregation.check_fits(privacy.unit, devices=devices)
+        is_adaptive = request.clipping_quantile is not None
+        compute_sum_noise(privacy, compute_expected_cohort(privacy, devices), is_adaptive=is_adaptive)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return privacy
 
 
 def compute_norm_limit(privacy: PrivacyPlan, training: TrainingPlan, size: int) -> Decimal:

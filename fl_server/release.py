@@ -7,12 +7,12 @@ repeated at any time, so a kill between two of them is made good by the next one
 import asyncio
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +33,24 @@ from fl_server.packaging.tflite import build_exporter
 from fl_server.registry.registry import ModelVersion, Registry, RegistryError
 from fl_server.rollout.publisher import Publish, Publisher, count_pushed_bytes, list_blobs
 from fl_server.rollout.repository import ReleaseRepository
-from models.contract.encoding import build_digest
-from models.contract.manifest import GRAPH_NAMES, Lineage, ModelManifest, Quality, build_manifest
+from models.contract.encoding import build_digest, build_json, parse_json
+from models.contract.manifest import (
+    GRAPH_NAMES,
+    MANIFEST_NAME,
+    FileEntry,
+    Lineage,
+    ModelManifest,
+    Quality,
+    build_manifest,
+    parse_manifest,
+)
 from models.contract.offer import build_offer
 from models.contract.privacy import PrivacyStatement
+from models.contract.terms import Role, Split
 
 logger = logging.getLogger(__name__)
+
+SPLIT_TAG = "split"  # of a version in the registry: what it does as a challenger
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,13 +92,26 @@ class Releases:
         self._publishing = asyncio.Lock()
         self._expiring: tuple[str, ...] = ()  # roles whose keys are elsewhere, as last logged
 
-    async def release_folder(self, version_dir: Path) -> ModelVersion:
-        """Make the version in `version_dir` the champion; `publish` signs and offers it.
+    async def release_folder(self, version_dir: Path, split: Split | None = None) -> ModelVersion:
+        """Make the version in `version_dir` the champion, or with a split the challenger; `publish` offers it.
 
         Raises:
-            ServerError: It cannot be registered, or its graphs cannot be signed here.
+            ServerError: It cannot be registered, its graphs cannot be signed here, or there is no champion that it
+                can be compared with.
         """
-        return await asyncio.to_thread(self._register, version_dir)
+        return await asyncio.to_thread(self._register, version_dir, split)
+
+    def promote(self, model: str, version: int) -> ModelVersion:
+        """Make a registered version the champion; `publish` offers it. Raises ServerError if there is none."""
+        with Registry(self._directory.registry_dir) as registry:
+            registry.set_registered_model_alias(model, "champion", version)
+            return registry.get_model_version(model, version)
+
+    def withdraw(self, model: str, version: int) -> ModelVersion:
+        """Let the model have no challenger, which was this version; `publish` tells. Raises as `promote`."""
+        with Registry(self._directory.registry_dir) as registry:
+            registry.delete_registered_model_alias(model, "challenger")
+            return registry.get_model_version(model, version)
 
     async def consider(
         self,
@@ -140,13 +165,17 @@ class Releases:
         _check_graphs(champion.load_manifest(), architecture)
         return champion, architecture
 
-    def _register(self, version_dir: Path) -> ModelVersion:
+    def _register(self, version_dir: Path, split: Split | None) -> ModelVersion:
         with Registry(self._directory.registry_dir) as registry:
             version = registry.create_model_version(version_dir)
             manifest = version.load_manifest()
-            graphs = {name: manifest.files[name] for name in GRAPH_NAMES if name in manifest.files}
-            self._repository.sign_graphs(graphs, now=datetime.now(UTC))
-            registry.set_registered_model_alias(version.model, "champion", version.version)
+            if split is not None:
+                _check_comparable(manifest, registry.get_model_version_by_alias(version.model, "champion"))
+                tag = build_json(split).decode()
+                registry.set_model_version_tag(version.model, version.version, SPLIT_TAG, tag)
+            self._repository.sign_graphs(_list_graphs(manifest), now=datetime.now(UTC))
+            alias: Role = "champion" if split is None else "challenger"
+            registry.set_registered_model_alias(version.model, alias, version.version)
         return version
 
     def _consider(
@@ -196,7 +225,8 @@ class Releases:
             for model in registry.search_registered_models():
                 released = find_released(registry, model)
                 manifests = {alias: version.load_manifest_bytes() for alias, version in released.items()}
-                self._repository.set_release(model, manifests, now=now)
+                split = _load_split(registry, released.get("challenger"))
+                self._repository.set_release(model, manifests, now=now, split=split)
                 for version in released.values():
                     blobs |= list_blobs(version.directory)
         expiring = self._repository.refresh_expiring(now)
@@ -217,7 +247,7 @@ class Releases:
             settings.calibration or settings.validation, architecture.inputs[0], architecture.features
         ).x
 
-    def _build_tools(self, model: str, architecture: Architecture, released: Mapping[str, ModelVersion]) -> Tools:
+    def _build_tools(self, model: str, architecture: Architecture, released: Mapping[Role, ModelVersion]) -> Tools:
         runtime = self._get_settings(model).runtime
         definition = resolve_definition(self._settings, model, self._directory.path)
         return Tools(
@@ -238,10 +268,24 @@ class Releases:
         return lambda inference_path, float_path: measure_quality(inference_path, float_path, x, y, metric)
 
 
-def find_released(registry: Registry, model: str) -> dict[str, ModelVersion]:
+def sign_graphs(directory: Directory, version_dir: Path, keys: Sequence[Path]) -> None:
+    """Sign the graphs of the version in `version_dir` with the offline key, which may be in one of the folders `keys`.
+
+    Raises:
+        ServerError: The key is in none of them.
+    """
+    manifest = parse_manifest((version_dir / MANIFEST_NAME).read_bytes())
+    ReleaseRepository(directory, keys).sign_graphs(_list_graphs(manifest), now=datetime.now(UTC))
+
+
+def _list_graphs(manifest: ModelManifest) -> dict[str, FileEntry]:
+    return {name: manifest.files[name] for name in GRAPH_NAMES if name in manifest.files}
+
+
+def find_released(registry: Registry, model: str) -> dict[Role, ModelVersion]:
     """Return the versions that devices run or fetch, by alias, the champion first."""
-    released = {}
-    for alias in ("champion", "previous"):  # the previous one's blobs stay for who is fetching them just now
+    released: dict[Role, ModelVersion] = {}
+    for alias in get_args(Role):  # the previous one's blobs stay for who is fetching them just now
         try:
             released[alias] = registry.get_model_version_by_alias(model, alias)
         except RegistryError:
@@ -249,12 +293,28 @@ def find_released(registry: Registry, model: str) -> dict[str, ModelVersion]:
     return released
 
 
+def _load_split(registry: Registry, challenger: ModelVersion | None) -> Split | None:
+    if challenger is None:
+        return None
+    tags = registry.get_model_version_tags(challenger.model, challenger.version)
+    return parse_json(tags[SPLIT_TAG].encode(), Split)
+
+
+def _check_comparable(challenger: ModelManifest, champion: ModelVersion) -> None:
+    what = f"{challenger.model} version {challenger.version} cannot challenge version {champion.version}"
+    if challenger.version == champion.version:
+        raise ServerError(f"{what}: it is the champion itself")
+    other = champion.load_manifest()
+    if (challenger.inputs, challenger.outputs) != (other.inputs, other.outputs):
+        raise ServerError(f"{what}: it takes or gives other tensors")
+
+
 def _check_graphs(manifest: ModelManifest, architecture: Architecture) -> None:
-    for name in GRAPH_NAMES:
-        entry = manifest.files.get(name)
-        if entry is None:
-            raise RunError(f"{manifest.model} version {manifest.version} is only served: it has no {name}")
-        if build_digest((architecture.directory / name).read_bytes()) != entry.digest:
+    if manifest.training is None:
+        raise RunError(f"{manifest.model} version {manifest.version} is only served: it has no training graph")
+    for name in manifest.training.graph_names:
+        path = architecture.directory / name
+        if not path.exists() or build_digest(path.read_bytes()) != manifest.files[name].digest:
             raise RunError(
                 f"{manifest.model} version {manifest.version} was packaged from another {name} than "
                 f"{architecture.directory} holds; package and release it again with this federation's --config"

@@ -12,20 +12,26 @@ from models.contract.privacy import Unit
 
 _log = logging.getLogger(__name__)
 
+_WHOLE_RUN = 1  # not above any round that a device has charged, and above 0, which it says before the first
+
 
 def keep_spent(roster: Roster, spec: RunSpec, round_number: int, device_ids: Iterable[str]) -> None:
-    """Keep in `roster` that updates of a round came, whatever became of them; a round counts once."""
-    if spec.privacy.unit is not Unit.SAMPLE or not spec.privacy.noise_multiplier:
-        return  # of other units devices keep no account, and no device trains without noise
+    """Keep in `roster` that updates of a round came, whatever became of them.
+
+    A round counts once, and of unit `device` the run, whose rounds a device has all paid with the first it was in.
+    """
+    if not spec.privacy.noise_multiplier:
+        return  # no device trains without noise
     spent = Spent(
         model=spec.model,
-        sampling_rate=spec.privacy.sampling_rate,
+        sampling_rate=spec.privacy.claimed_rate,
         noise_multiplier=spec.privacy.noise_multiplier,
-        steps=spec.training.steps,
+        steps=spec.privacy.count_charged_steps(spec.training),
     )
+    number = _WHOLE_RUN if spec.privacy.unit is Unit.DEVICE else round_number
     for device_id in device_ids:
         try:
-            roster.save_update(device_id, spec.run, round_number, spent)
+            roster.save_update(device_id, spec.run, number, spent)
         except RosterError as error:  # a device whose reports filled its own copy must not end a run of others
             _log.warning("%s", error)
 

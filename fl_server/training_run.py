@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fl_server.announcer import Announcer
 from fl_server.children import running
-from fl_server.claim import build_claim
+from fl_server.claim import build_claim, check_unit
 from fl_server.config import ServerSettings
 from fl_server.directory import Directory
 from fl_server.errors import RunError, ServerError
@@ -35,7 +35,7 @@ from models.contract.files import save_atomically
 from models.contract.manifest import PARAMETERS_NAME, Lineage, parse_manifest
 from models.contract.messages import Event as DeviceEvent
 from models.contract.messages import EventKind
-from models.contract.privacy import PrivacyPlan
+from models.contract.privacy import PrivacyPlan, Unit
 
 BASE_NAME = "base.json"  # the manifest of the version that the run starts from
 OUTCOME_NAME = "outcome.json"
@@ -151,17 +151,20 @@ class TrainingRun:
         return spec
 
     def _choose_devices(self) -> dict[str, int]:
-        """Return the node ids of the devices that can train the model now."""
+        """Return the node ids of the devices that can train the model now; for cohorts that are drawn, or ever could."""
+        is_drawn = self._request.unit is Unit.DEVICE
         devices = {
             device.device_id: device.node_id
             for device in self._services.roster.list_devices()
-            if device.may_train and device.status and device.status.model == self._request.model and device.node_id
+            if device.node_id and device.status and device.status.model == self._request.model
+            if device.may_train or (is_drawn and device.revoked_at is None and device.status.trains)
         }
         if not devices:
             raise RunError(f"no device that trains {self._request.model} is online; see fl-server devices")
         return devices
 
     def _create(self, devices: dict[str, int]) -> None:
+        check_unit(self._run_dir.parent, self._request.model, self._request.unit)
         champion, architecture = self._services.releases.load_champion(self._request.model)
         layout = architecture.training.layout
         spec = build_spec(
@@ -216,7 +219,9 @@ class TrainingRun:
                 await self.wake_absent()
             case RoundCompleted():
                 keep_spent(self._services.roster, spec, event.round, event.accepted)
-                self._absent = set(event.missing)
+                # Of unit device all are woken alike: what travels must not tell who took part.
+                seen = set(event.accepted) if spec.privacy.unit is Unit.SAMPLE else set()
+                self._absent = set(spec.devices) - seen
                 self._woken_again.clear()
                 await self.wake_absent()
                 await self._conclude(spec, event)

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 from urllib.parse import unquote
 
@@ -134,20 +134,20 @@ class App:
 
     def _find_handler(self, request: Request) -> _Handler:
         if not request.is_local:
-            self.guard.check_sender(request.headers)
-        route = self._known.get(request.target)
+            self.guard.check_sender(request.head.headers)
+        route = self._known.get(request.head.target)
         if route is None:
-            path = _parse_path(request.target)
+            path = _parse_path(request.head.target)
             route = self._route(path)
             if len(self._known) >= _ROUTES_MAX:
                 self._known.clear()
-            self._known[request.target] = route
+            self._known[request.head.target] = route
         if route.is_owners and not request.is_local:
-            self.guard.check_owner(request.headers)
-        method = "GET" if request.method == b"HEAD" else request.method.decode("ascii")
+            self.guard.check_owner(request.head.headers)
+        method = "GET" if request.head.method == b"HEAD" else request.head.method.decode("ascii")
         if method != route.method:
-            raise MethodError(_parse_path(request.target), method, route.method)
-        encoding = request.headers.get(b"content-encoding")
+            raise MethodError(_parse_path(request.head.target), method, route.method)
+        encoding = request.head.headers.get(b"content-encoding")
         if encoding is not None and encoding.lower() != b"identity":
             raise RequestError("expected a body without content-encoding", status=415)
         return route.handler
@@ -252,7 +252,7 @@ class App:
         return Answer(self.device.get_metrics().encode(), content_type=PROMETHEUS)
 
     def _get_description(self, _request: Request) -> Answer:
-        return Answer(resources.files("edge_agent.http").joinpath("openapi.json").read_bytes())
+        return Answer(Path(__file__).with_name("openapi.json").read_bytes())
 
 
 async def _answer_later(request: Request, answering: Awaitable[Answer]) -> None:

@@ -51,8 +51,12 @@ class TickBatcher:
         self._thread: ThreadPoolExecutor | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def add(self, job: Job) -> None:
+    def add(self, job: Job, *, is_alone: bool = False) -> None:
         """Run `job` soon.
+
+        Args:
+            job: What to run.
+            is_alone: Whether no other can come in this turn of the loop: it runs at once.
 
         Raises:
             RequestError: 429, too many wait already.
@@ -65,6 +69,9 @@ class TickBatcher:
                 task = asyncio.get_running_loop().create_task(self._work())
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+            return
+        if is_alone and not self._waiting:
+            job.finish(job, _infer(job))
             return
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._flush)

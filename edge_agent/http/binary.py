@@ -5,7 +5,8 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -16,6 +17,10 @@ HEADER_NAME = "Inference-Header-Content-Length"
 _HEADER_MAX_DIGITS = 10
 _NOTHING = memoryview(b"")
 _LITTLE_ENDIAN = {datatype: dtype.newbyteorder("<") for datatype, dtype in DTYPES.items()}
+# Any bytes are values of these, and the bytes are in this machine's order.
+_AS_THEY_ARE = {
+    datatype: dtype for datatype, dtype in DTYPES.items() if dtype.kind in "fiu" and dtype == _LITTLE_ENDIAN[datatype]
+}
 _LENGTH = struct.Struct("<I")
 _UPPER_HALF = np.dtype("<u2")
 STRINGS_MAX = 65_536  # of one tensor: each costs an object
@@ -70,6 +75,33 @@ class BinaryPart:
             raise RequestError(
                 f"the inputs' binary_data_size add up to {self._taken_bytes} bytes, the binary part has {len(self._data)}"
             )
+
+
+class Places:
+    """Where the tensors are in a binary part that has nothing but them, each as wide as its shape says."""
+
+    def __init__(self, places: Sequence[tuple[str, np.dtype[Any], tuple[int, ...], int]], size_bytes: int) -> None:
+        self._places = places
+        self._size_bytes = size_bytes
+
+    @classmethod
+    def find(cls, tensors: Iterable[tuple[str, str, Sequence[int], int | None]]) -> Self | None:
+        """Return the places of tensors, each a name, datatype, shape and size in bytes; None if that is not enough."""
+        places, end = [], 0
+        for name, datatype, shape, size_bytes in tensors:
+            dtype = _AS_THEY_ARE.get(datatype)
+            if dtype is None or size_bytes != math.prod(shape) * dtype.itemsize:
+                return None
+            places.append((name, dtype, tuple(shape), end))
+            end += size_bytes
+        return cls(places, end)
+
+    def view(self, data: memoryview) -> dict[str, Array] | None:
+        """Return the tensors in `data` as `parse_array` does; None if they are not all of it."""
+        if len(data) != self._size_bytes:
+            return None
+        arrays = {name: np.ndarray(shape, dtype, data, start) for name, dtype, shape, start in self._places}
+        return {name: array if array.flags.aligned else array.copy() for name, array in arrays.items()}
 
 
 def parse_array(data: memoryview, datatype: str, shape: Sequence[int], name: str) -> Array:

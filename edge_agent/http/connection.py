@@ -13,7 +13,7 @@ import httptools
 
 from edge_agent.errors import RequestError
 from edge_agent.http.answers import Answer, answer_error
-from edge_agent.http.listener import Listener
+from edge_agent.http.listener import HEAD_END, Head, Listener
 
 _REASONS: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
 _CLOSE: Final = b"connection: close\r\n"
@@ -24,21 +24,15 @@ _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 class Request:
     """One request, whole; it is answered once."""
 
-    __slots__ = ("_connection", "body", "headers", "is_local", "method", "target")
+    __slots__ = ("_connection", "body", "head", "is_alone", "is_local")
 
     def __init__(
-        self,
-        connection: "Connection",
-        method: bytes,
-        target: bytes,
-        headers: dict[bytes, bytes],
-        body: bytes | bytearray,
+        self, connection: "Connection", head: Head, body: bytes | bytearray, *, is_alone: bool = False
     ) -> None:
         self._connection = connection
         self.is_local = connection.is_local
-        self.method = method
-        self.target = target
-        self.headers = headers
+        self.is_alone = is_alone  # nobody else is connected: no other request can come in this turn of the loop
+        self.head = head
         self.body = body
 
     def reply(self, answer: Answer) -> None:
@@ -51,15 +45,16 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_advancing",
+        "_asked",
         "_body",
         "_body_bytes",
-        "_busy",
+        "_data",
         "_ended",
         "_expects",
-        "_feed_bytes",
         "_head_bytes",
         "_headers",
         "_in_head",
+        "_is_first",
         "_last",
         "_limits",
         "_lingering",
@@ -83,21 +78,21 @@ class Connection(asyncio.Protocol):
         self.since_s = loop.time()
         self._parser = httptools.HttpRequestParser(self)
         self._queue: deque[Request] = deque()  # read ahead of the one being answered
-        self._busy = False  # a request is being answered
+        self._asked: Request | None = None  # is being answered
         self._receiving = False  # a request has begun and is not whole
         self._ended = False  # nothing more is read as a request
         self._lingering = self._paused = self._stuck = self._advancing = self._expects = False
         self._last: Answer | None = None  # what ends the connection, after the answers that are due
-        self._in_head = False
-        self._target = b""
+        self._in_head = self._is_first = False
+        self._data = self._target = b""
         self._headers: dict[bytes, bytes] = {}
         self._body: bytes | bytearray = b""
-        self._head_bytes = self._body_bytes = self._feed_bytes = self._stray_bytes = 0
+        self._head_bytes = self._body_bytes = self._stray_bytes = 0
 
     @property
     def is_waiting(self) -> bool:
         """Whether nothing is being answered."""
-        return not self._busy and not self._queue
+        return self._asked is None and not self._queue
 
     # What the transport says
 
@@ -119,22 +114,14 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._ended:
             return
-        self._feed_bytes, body_bytes = len(data), self._body_bytes
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._ended = True
-        except httptools.HttpParserError as error:
-            if not self._ended:
-                self._refuse(RequestError(f"expected a request of HTTP/1.1: {error}"))
-        if self._receiving and self._body_bytes == body_bytes:
-            # The parser keeps what is not a whole header or trailer yet.
-            self._stray_bytes += self._feed_bytes
-            if self._stray_bytes > self._limits.head_bytes and not self._ended:
-                self._refuse(self._build_long_head())
-        if self._queue and not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
+        if not (self._receiving or self._stuck) and self._asked is None:  # then nothing is queued or paused either
+            end = data.find(HEAD_END) + len(HEAD_END)
+            head = self._listener.heads.get(data[:end])
+            if head is not None and head.body_bytes == len(data) - end:
+                self.since_s = self._loop.time()
+                self._start(Request(self, head, data[end:], is_alone=len(self._listener.connections) == 1))
+                return
+        self._read(data)
 
     def eof_received(self) -> bool:
         self._ended = True
@@ -158,7 +145,7 @@ class Connection(asyncio.Protocol):
         self._receiving = self._in_head = True
         self._target = b""
         self._headers = {}
-        self._head_bytes, self._stray_bytes = 0, -self._feed_bytes
+        self._head_bytes, self._stray_bytes = 0, -len(self._data)
         self.since_s = self._loop.time()
 
     def on_url(self, part: bytes) -> None:
@@ -209,9 +196,13 @@ class Connection(asyncio.Protocol):
         parser, body = self._parser, self._body
         if not parser.should_keep_alive() or parser.should_upgrade():
             self._ended = True  # and what follows this request is not read
-        request = Request(self, parser.get_method(), self._target, self._headers, body)
+        head = Head(parser.get_method(), self._target, self._headers)
+        if self._is_first and not self._ended:
+            self._listener.remember(self._data, head)
+        self._is_first = False
+        request = Request(self, head, body)
         self._drop_body()
-        if self._busy or self._queue or self._stuck:
+        if self._asked is not None or self._queue or self._stuck:
             self._queue.append(request)
         else:
             self._start(request)
@@ -220,7 +211,9 @@ class Connection(asyncio.Protocol):
 
     def finish(self, request: Request, answer: Answer) -> None:
         """Send the answer to the request that is being answered, and go on to the next one."""
-        self._busy = False
+        if request is not self._asked:  # it has been answered
+            return
+        self._asked = None
         if self._transport.is_closing():
             return
         is_last = self._ended or (self._listener.is_draining and not self._receiving)
@@ -256,13 +249,34 @@ class Connection(asyncio.Protocol):
         self._listener.connections.discard(self)
         self._transport.abort()
 
+    def _read(self, data: bytes) -> None:
+        self._data, body_bytes = data, self._body_bytes
+        self._is_first = not self._receiving
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._ended = True
+        except httptools.HttpParserError as error:
+            if not self._ended:
+                self._refuse(RequestError(f"expected a request of HTTP/1.1: {error}"))
+        finally:
+            self._data = b""
+        if self._receiving and self._body_bytes == body_bytes:
+            # The parser keeps what is not a whole header or trailer yet.
+            self._stray_bytes += len(data)
+            if self._stray_bytes > self._limits.head_bytes and not self._ended:
+                self._refuse(self._build_long_head())
+        if self._queue and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
     def _start(self, request: Request) -> None:
-        self._busy = True
+        self._asked = request
         self._listener.handle(request)
 
     def _advance(self) -> None:
         self._advancing = True
-        while self._queue and not self._busy and not self._stuck:
+        while self._queue and self._asked is None and not self._stuck:
             self._start(self._queue.popleft())
         self._advancing = False
         if self._stuck or not self.is_waiting:
@@ -307,7 +321,7 @@ class Connection(asyncio.Protocol):
     def _write(self, answer: Answer, *, closes: bool, request: Request | None = None) -> None:
         if closes:
             stays = _CLOSE
-        elif request is not None and request.headers.get(b"connection", b"").lower() == b"keep-alive":
+        elif request is not None and request.head.says_keep_alive:
             stays = _KEEP  # HTTP/1.0 does not take it for granted
         else:
             stays = b""
@@ -322,7 +336,7 @@ class Connection(asyncio.Protocol):
                 self._listener.date,
                 answer.headers,
                 stays,
-                b"" if request is not None and request.method == b"HEAD" else body,
+                b"" if request is not None and request.head.method == b"HEAD" else body,
             )
         )
 

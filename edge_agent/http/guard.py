@@ -33,7 +33,7 @@ class Guard:
         """Whether anybody over TCP could pass for the owner."""
         return self._bearer is not None
 
-    def check_sender(self, headers: dict[bytes, bytes]) -> None:
+    def check_sender(self, headers: Mapping[bytes, bytes]) -> None:
         """Refuse what a web page sends: it carries an Origin, or, after DNS rebinding, a foreign Host."""
         check_origin(headers)
         host = headers.get(b"host", b"")
@@ -44,7 +44,7 @@ class Guard:
         if len(self._welcome) < 16:
             self._welcome.add(host)
 
-    def check_owner(self, headers: dict[bytes, bytes]) -> None:
+    def check_owner(self, headers: Mapping[bytes, bytes]) -> None:
         """Refuse who does not know the token."""
         if self._bearer is None:
             raise RequestError("this answers on the Unix socket only", status=403)

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from edge_agent.errors import AgentError
 from edge_agent.http import oip
@@ -26,7 +26,14 @@ Remember: TypeAlias = Callable[[str, Mapping[str, Array]], None]
 
 
 class Call(Protocol):
-    """One inference request, as the door that it came through has it; answered or refused once."""
+    """One inference request, as the door that it came through has it; answered or refused once.
+
+    Attributes:
+        is_alone: Whether no other can come in this turn of the loop.
+    """
+
+    @property
+    def is_alone(self) -> bool: ...
 
     def parse(self) -> oip.InferRequest:
         """Return what is asked; raises RequestError."""
@@ -44,13 +51,14 @@ class Call(Protocol):
 class HttpCall:
     """A request over HTTP."""
 
-    __slots__ = ("_request",)
+    __slots__ = ("_request", "is_alone")
 
     def __init__(self, request: Request) -> None:
         self._request = request
+        self.is_alone: Final = request.is_alone
 
     def parse(self) -> oip.InferRequest:
-        headers = self._request.headers
+        headers = self._request.head.headers
         asked = oip.parse_infer_request(self._request.body, headers.get(_LENGTH_HEADER))
         if (key := headers.get(b"edge-key")) is not None:
             asked.key = key.decode("latin-1")
@@ -116,7 +124,8 @@ class Inference:
             model = self._models.select(name, version, key=asked.key)
             model.check(asked.inputs)
             rows = len(next(iter(asked.inputs.values())))
-            self._batcher.add(Job(model, asked.inputs, rows, started_s, partial(self._finish, call, asked)))
+            finish = partial(self._finish, call, asked)
+            self._batcher.add(Job(model, asked.inputs, rows, started_s, finish), is_alone=call.is_alone)
         except AgentError:
             self._count_failure(model, started_s)
             raise

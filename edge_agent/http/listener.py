@@ -1,11 +1,15 @@
 """What callers may take of this process, and what the connections of one listening socket share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 Asked = TypeVar("Asked")
 
+HEAD_END: Final = b"\r\n\r\n"
+_HEADS_MAX = 64
+_SAYS_MORE: Final = frozenset({b"expect", b"transfer-encoding"})  # of the body than its length
+_KNOWN_HEAD_MAX_BYTES = 1024
 _FRESH_S = 1.0  # a connection younger than this is not closed to make room for another
 
 
@@ -50,6 +54,19 @@ class Waiting(Protocol):
     def sweep(self, now_s: float) -> None: ...
 
 
+class Head:
+    """A request line and its headers; it may be that of many requests, and does not change."""
+
+    __slots__ = ("body_bytes", "headers", "method", "says_keep_alive", "target")
+
+    def __init__(self, method: bytes, target: bytes, headers: Mapping[bytes, bytes]) -> None:
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.says_keep_alive = headers.get(b"connection", b"").lower() == b"keep-alive"
+        self.body_bytes = int(headers.get(b"content-length", 0))
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Listener(Generic[Asked]):
     """What the connections of one listening socket share.
@@ -59,6 +76,7 @@ class Listener(Generic[Asked]):
         is_local: Whether they come over the Unix socket.
         date: Header line of every answer.
         buffered_bytes: Of bodies under way.
+        heads: Of requests that came whole and in one piece, by their bytes: clients say the same again and again.
     """
 
     handle: Callable[[Asked], None]
@@ -68,6 +86,16 @@ class Listener(Generic[Asked]):
     buffered_bytes: int = 0
     is_draining: bool = False
     connections: set[Waiting] = field(default_factory=set)
+    heads: dict[bytes, Head] = field(default_factory=dict)
+
+    def remember(self, data: bytes, head: Head) -> None:
+        """Spare the parser the next request of this `head`, if `data` were it and its body, and nothing else."""
+        end = data.find(HEAD_END) + len(HEAD_END)
+        if end > _KNOWN_HEAD_MAX_BYTES or head.body_bytes != len(data) - end or not _SAYS_MORE.isdisjoint(head.headers):
+            return
+        if len(self.heads) >= _HEADS_MAX:
+            self.heads.clear()
+        self.heads[data[:end]] = head
 
     def admits(self, now_s: float) -> bool:
         """Return whether there is room for one more connection, if need be in place of one that only waits."""

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from edge_agent.errors import RequestError
-from edge_agent.http.binary import BinaryPart, build_array, parse_array, split_body
+from edge_agent.http.binary import BinaryPart, Places, build_array, parse_array, split_body
 from edge_agent.http.datatypes import BF16, DATATYPE_OF, DTYPES, Array
 from edge_agent.http.json_tensors import DECODE_ERRORS, list_values, parse_data
 from models.contract.manifest import ModelManifest
@@ -118,13 +118,18 @@ class InferResponse:
 
 @dataclass(slots=True)
 class _Head:
-    """The JSON of a request, checked, but for the values of its tensors."""
+    """The JSON of a request, checked, but for the values of its tensors.
+
+    Attributes:
+        places: Of the inputs in the binary part, if it can be told from this alone.
+    """
 
     id: str
     key: str
     is_binary: bool
     outputs: dict[str, bool]
     inputs: tuple[_Input, ...]
+    places: Places | None
 
 
 def parse_infer_request(body: bytes | bytearray, header: bytes | None = None) -> InferRequest:
@@ -141,9 +146,11 @@ def parse_infer_request(body: bytes | bytearray, header: bytes | None = None) ->
     text, rest = split_body(body, header)
     is_short = header is not None and len(text) <= _KNOWN_MAX_BYTES
     head = _parse_known_head(bytes(text)) if is_short else _parse_head(text)
-    binary = BinaryPart(rest)
-    inputs = {tensor.name: _parse_values(tensor, binary) for tensor in head.inputs}
-    binary.check_end()
+    inputs = None if head.places is None else head.places.view(rest)
+    if inputs is None:
+        binary = BinaryPart(rest)
+        inputs = {tensor.name: _parse_values(tensor, binary) for tensor in head.inputs}
+        binary.check_end()
     return InferRequest(head.id, inputs, head.outputs, head.is_binary, head.key)
 
 
@@ -161,21 +168,25 @@ def build_infer_response(
     Raises:
         RequestError: An output was asked for that the model does not have, or FP16 as JSON.
     """
-    tensors, parts = [], []
-    for name, is_binary in choose_outputs(manifest, request).items():
-        array = outputs[name]
-        if is_binary:
-            part = build_array(array)
-            parts.append(part)
-            said = {"binary_data_size": len(part)}
-            tensors.append(_OutputTensor(name, array.shape, DATATYPE_OF[array.dtype], None, said))
-        else:
-            tensors.append(_build_tensor(name, array))
-    response = _Response(manifest.model, str(manifest.version), tensors, request.id or feedback_id)
-    if feedback_id and request.id:
-        response.parameters = {"feedback_id": feedback_id}
-    text = _ENCODER.encode(response)
-    return InferResponse(b"".join((text, *parts)), len(text)) if parts else InferResponse(text)
+    wanted = choose_outputs(manifest, request)
+    parts = {name: build_array(outputs[name]) for name, is_binary in wanted.items() if is_binary}
+    if len(parts) == len(wanted) and not feedback_id:
+        lengths = tuple(
+            (name, outputs[name].shape, DATATYPE_OF[outputs[name].dtype], len(parts[name])) for name in parts
+        )
+        text = _encode_lengths(manifest.model, manifest.version, request.id, lengths)
+    else:
+        tensors = [
+            _build_length(name, array.shape, DATATYPE_OF[array.dtype], len(parts[name]))
+            if name in parts
+            else _build_tensor(name, array)
+            for name, array in ((name, outputs[name]) for name in wanted)
+        ]
+        response = _Response(manifest.model, str(manifest.version), tensors, request.id or feedback_id)
+        if feedback_id and request.id:
+            response.parameters = {"feedback_id": feedback_id}
+        text = _ENCODER.encode(response)
+    return InferResponse(b"".join((text, *parts.values())), len(text)) if parts else InferResponse(text)
 
 
 def choose_outputs(manifest: ModelManifest, request: InferRequest) -> dict[str, bool]:
@@ -231,7 +242,8 @@ def _parse_head(text: bytes | bytearray | memoryview) -> _Head:
     said = request.parameters or _RequestParameters()
     outputs = {output.name: _is_binary(output, default=said.binary_data_output) for output in request.outputs}
     key = str(said.sequence_id or request.id)
-    return _Head(request.id, key, said.binary_data_output, outputs, tuple(request.inputs))
+    places = Places.find((tensor.name, tensor.datatype, tensor.shape, tensor.size_bytes) for tensor in request.inputs)
+    return _Head(request.id, key, said.binary_data_output, outputs, tuple(request.inputs), places)
 
 
 # Binary tensors come behind the same few words again and again.
@@ -254,6 +266,18 @@ def _parse_values(tensor: _Input, binary: BinaryPart) -> Array:
     if size_bytes is None:
         return parse_data(tensor.data, tensor.datatype, tensor.shape, tensor.name)
     return parse_array(binary.take(size_bytes, tensor.name), tensor.datatype, tensor.shape, tensor.name)
+
+
+def _build_length(name: str, shape: tuple[int, ...], datatype: str, size_bytes: int) -> _OutputTensor:
+    return _OutputTensor(name, shape, datatype, None, {"binary_data_size": size_bytes})
+
+
+@functools.lru_cache(maxsize=64)
+def _encode_lengths(
+    model: str, version: int, request_id: str, lengths: tuple[tuple[str, tuple[int, ...], str, int], ...]
+) -> bytes:
+    """Return what is before binary outputs; it, too, is the same again and again."""
+    return _ENCODER.encode(_Response(model, str(version), [_build_length(*each) for each in lengths], request_id))
 
 
 def _build_tensor(name: str, array: Array) -> _OutputTensor:

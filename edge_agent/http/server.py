@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import email.utils
 import logging
 import socket
 import stat
@@ -85,7 +84,7 @@ class HttpServer:
     async def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            date = b"date: %b\r\n" % email.utils.formatdate(time.time(), usegmt=True).encode()
+            date = time.strftime("date: %a, %d %b %Y %H:%M:%S GMT\r\n", time.gmtime()).encode()
             for _, listener in self._listeners:
                 listener.date = date
                 for connection in tuple(listener.connections):

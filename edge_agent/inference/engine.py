@@ -63,8 +63,13 @@ class Engine:
         self._limit = 0 if rivalry is None else round(rivalry.weight * 2**64)
         self._loaded = () if model is None else (model,) if rivalry is None else (model, rivalry.model)
 
-    def challenge(self, rivalry: Rivalry) -> None:
-        """Set a challenger beside the champion, while both take and give the same tensors."""
+    @property
+    def rivalry(self) -> Rivalry | None:
+        """What was last set, whether or not it fits the champion."""
+        return self._rivalry
+
+    def challenge(self, rivalry: Rivalry | None) -> None:
+        """Set a challenger beside the champion, while both take and give the same tensors; None takes it away."""
         self._rivalry = rivalry
         self.activate(self.active)
 

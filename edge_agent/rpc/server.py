@@ -1,4 +1,8 @@
-"""The gRPC server: what it listens on and what callers may take of it."""
+"""The gRPC server: what it listens on and what callers may take of it.
+
+Who it was called as (`:authority`) is not looked at: gRPC does not say, and a web page, which DNS rebinding could bring
+here, cannot speak HTTP/2 without TLS.
+"""
 
 import asyncio
 import ipaddress
@@ -13,6 +17,7 @@ from edge_agent.rpc.service import SERVICE, GrpcService
 from models.contract.settings import SettingsError
 
 _FAREWELL_S: Final = 0.25  # gRPC breaks off what arrives while it shuts down; until then callers are told so
+CONNECTIONS_MAX: Final = 64  # each serves many requests at once
 _IDENTITY_ONLY: Final = 1 << 0  # of the compression algorithms: nothing is unpacked, as over HTTP
 
 
@@ -51,6 +56,8 @@ def _build_options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", limits.body_bytes),
         ("grpc.max_metadata_size", limits.head_bytes),
         ("grpc.max_concurrent_streams", WAITING_MAX),
+        ("grpc.max_allowed_incoming_connections", CONNECTIONS_MAX),
+        ("grpc.http2.bdp_probe", 0),  # or it takes in megabytes of messages that nobody has begun to read
         ("grpc.max_connection_idle_ms", int(limits.keep_alive_s * 1000)),
         ("grpc.server_handshake_timeout_ms", int(limits.request_s * 1000)),
         ("grpc.compression_enabled_algorithms_bitset", _IDENTITY_ONLY),

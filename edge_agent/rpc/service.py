@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 SERVICE: Final = "inference.GRPCInferenceService"
 _DETAILS_MAX = 1000  # characters; more would not pass as a header
+_TURN_S: Final = 0.2  # for a message while others wait to arrive; over the loopback 4 MiB take some 10 ms
 _CODES: Final = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -37,6 +38,7 @@ class GrpcCall:
     """An inference request over gRPC."""
 
     __slots__ = ("_answered", "_headers", "_kind", "_message")
+    is_alone = False  # a connection has many
 
     def __init__(self, message: Any, headers: _Headers, kind: Any, answered: asyncio.Future[Any]) -> None:
         self._message = message
@@ -67,6 +69,8 @@ class GrpcService:
         self._app = app
         self._limits = limits
         self._buffered_bytes = 0
+        # For messages to arrive, whatever their length will be; with one alone, whoever is silent would hold up all.
+        self._places = asyncio.Semaphore(max(2, limits.bodies_bytes // limits.body_bytes))
         self._messages = load_messages()
         models = app.device.models
         methods: dict[str, _Method] = {
@@ -118,13 +122,24 @@ class GrpcService:
 
     async def _read(self, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
         try:
-            async with asyncio.timeout(self._limits.request_s):
-                data = await context.read()
+            async with asyncio.timeout(self._limits.request_s), self._places:
+                data = await self._receive(context)
         except TimeoutError as error:
             raise RequestError(f"expected a whole message within {self._limits.request_s:g} s") from error
         if not isinstance(data, bytes):
             raise RequestError("expected one message, got none")
         return data
+
+    async def _receive(self, context: grpc.aio.ServicerContext[Any, Any]) -> object:
+        """Return the message; gRPC has memory for the whole of it from now on, however slowly it comes."""
+        receiving = asyncio.ensure_future(context.read())
+        try:
+            while not (await asyncio.wait((receiving,), timeout=_TURN_S))[0]:
+                if self._places.locked():
+                    raise RequestError("the message came too slowly while others waited: try again later", status=503)
+            return receiving.result()
+        finally:
+            receiving.cancel()
 
     async def _infer(self, message: Any, headers: _Headers) -> Any:
         answered = asyncio.get_running_loop().create_future()

@@ -4,14 +4,14 @@ Pure.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Context, Decimal
 from typing import Literal
 
 from edge_agent.errors import StalledError
 from edge_agent.training.accountant import Phase, compute_epsilon
 from models.contract.ledger import SPENT_MAX, Spent, add_up
-from models.contract.privacy import PrivacyPlan
+from models.contract.privacy import PrivacyPlan, Unit
 
 ROUND_SPENDS_MAX = 3  # of one round: whoever loses updates, or says so, must not drain the budget with one round
 _UPWARDS = Context(prec=10, rounding=ROUND_CEILING)
@@ -45,7 +45,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spend:
-    """What one round of a run asks for, and the sequence number of the order that asks."""
+    """What one round of a run asks for, and the sequence number of the order that asks.
+
+    Attributes:
+        steps: As `PrivacyPlan.count_charged_steps` has it; 0 where all is paid.
+    """
 
     order_sequence: int
     model: str
@@ -57,7 +61,12 @@ class Spend:
     @property
     def phase(self) -> Phase:
         """What the accountant needs of it."""
-        return Phase(float(self.privacy.sampling_rate), float(self.privacy.noise_multiplier), self.steps)
+        return Phase(float(self.sampling_rate), float(self.privacy.noise_multiplier), self.steps)
+
+    @property
+    def sampling_rate(self) -> Decimal:
+        """As it is charged."""
+        return self.privacy.claimed_rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +77,7 @@ class Entry:
         sequence: Counts up from 1.
         at: Unix time, s.
         order_sequence: Of the order that was acted on; 0 for what was taken from the coordinator's copy, as is `round`.
+        steps: Of unit device those of all rounds that the run planned, at the first that asked; 0 for the others.
         delta: The owner's, at which both epsilons are stated, of all entries of the model up to here.
         previous: Digest of the entry before.
         restored_from: Digest of the last entry of the ledger that the coordinator had a copy of; None for a spend.
@@ -81,6 +91,7 @@ class Entry:
     model: str
     run: str
     round: int
+    unit: Unit = Unit.SAMPLE
     sampling_rate: Decimal
     noise_multiplier: Decimal
     steps: int
@@ -112,7 +123,23 @@ def count_spent(entries: Iterable[Entry]) -> tuple[Spent, ...]:
             steps=entry.steps,
         )
         for entry in entries
+        if entry.steps
     )
+
+
+def settle(entries: Iterable[Entry], spend: Spend) -> Spend:
+    """Return what of `spend` is still to be paid, given all `entries`.
+
+    A run of unit `device` is paid as a whole by the first round that asks. It pays anew for other numbers than those,
+    and after a reinstall, for a copy does not say what a run has paid.
+    """
+    paid = {
+        (entry.sampling_rate, entry.noise_multiplier, entry.steps)
+        for entry in entries
+        if (entry.model, entry.run, entry.unit) == (spend.model, spend.run, Unit.DEVICE)
+    }
+    is_paid = (spend.sampling_rate, spend.privacy.noise_multiplier, spend.steps) in paid
+    return replace(spend, steps=0) if spend.privacy.unit is Unit.DEVICE and is_paid else spend
 
 
 def decide_spend(entries: Iterable[Entry], spend: Spend, limits: Limits) -> tuple[Decimal, Decimal]:
@@ -136,11 +163,12 @@ def decide_spend(entries: Iterable[Entry], spend: Spend, limits: Limits) -> tupl
         Decimal(ROUND_SPENDS_MAX),
         f"round {spend.round} of run {spend.run!r} would be charged {{asked}} times, at most {{limit}} are allowed",
     )
-    _check(
-        compute_total([*of_run, spend], privacy.delta),
-        privacy.epsilon,
-        f"run {spend.run!r} would reach epsilon {{asked}}, its plan allows {{limit}}",
-    )
+    if privacy.unit is Unit.SAMPLE:  # of the other it is by PLD that the plan allows epsilon, and RDP says more
+        _check(
+            compute_total([*of_run, spend], privacy.delta),
+            privacy.epsilon,
+            f"run {spend.run!r} would reach epsilon {{asked}}, its plan allows {{limit}}",
+        )
     total = compute_total([*of_model, spend], limits.delta)
     _check(
         total,
@@ -153,7 +181,7 @@ def decide_spend(entries: Iterable[Entry], spend: Spend, limits: Limits) -> tupl
         "all models together would reach epsilon {asked}, their owner allows {limit}",
     )
     kinds = {(entry.model, entry.sampling_rate, entry.noise_multiplier) for entry in entries}
-    kinds.add((spend.model, privacy.sampling_rate, privacy.noise_multiplier))
+    kinds.add((spend.model, spend.sampling_rate, privacy.noise_multiplier))
     _check(
         Decimal(len(kinds)),
         Decimal(SPENT_MAX),

@@ -17,9 +17,10 @@ class TrainingJob:
     """One run that this device takes part in. Paths are text, since JSON has no other.
 
     Attributes:
-        graph_dir: Folder with manifest.json and train_step.onnx of the version that is trained.
+        graph_dir: Folder with manifest.json and the training graphs of the version that is trained.
         coordinator_key_pem: Ed25519 public key that signs train orders.
         superlink: HOST:PORT of the SuperLink.
+        definition: `FILE.py:NAME` of the model's definition, for the Opacus engine; None if the owner gave none.
         samples_path: The device's private samples.
         samples_key: What they are sealed with, 64 hex digits; in no message and no repr.
         training_dir: Where ledger and stored updates live.
@@ -27,6 +28,7 @@ class TrainingJob:
         total_epsilon_limit: The owner's largest total epsilon over all models; > 0.
         delta: The owner's delta, at which these totals are stated; (0, 1).
         noise_multiplier_limit: The owner's least noise multiplier; >= 0.
+        trusts_coordinator: Whether the coordinator may see an update that has no noise yet.
         ledger_copy: What the coordinator says that this device has spent; None if it says nothing.
     """
 
@@ -39,6 +41,7 @@ class TrainingJob:
     superlink: str
     ca_path: str
     node_key_path: str
+    definition: str | None = None
     samples_path: str
     samples_key: str = field(repr=False)
     training_dir: str
@@ -48,6 +51,7 @@ class TrainingJob:
     total_epsilon_limit: Decimal
     delta: Decimal
     noise_multiplier_limit: Decimal
+    trusts_coordinator: bool = False
     ledger_copy: LedgerHead | None = None
 
     def __post_init__(self) -> None:

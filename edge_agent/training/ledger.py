@@ -19,7 +19,7 @@ from typing import Self
 import msgspec
 
 from edge_agent.errors import StalledError, TransientError
-from edge_agent.training.budget import Entry, Limits, Spend, compute_total, count_spent, decide_spend
+from edge_agent.training.budget import Entry, Limits, Spend, compute_total, count_spent, decide_spend, settle
 from models.contract.encoding import build_canonical, build_digest, build_json, parse_json
 from models.contract.errors import MalformedError
 from models.contract.files import sync_directory
@@ -66,7 +66,7 @@ class Ledger:
         return LedgerHead(entries=len(self._entries), digest=self._previous, spent=count_spent(self._entries))
 
     def spend(self, spend: Spend, limits: Limits, *, at: int) -> Entry:
-        """Charge `spend`; the entry is durable on return.
+        """Charge what is due of `spend`; the entry is durable on return.
 
         Raises:
             BudgetError: A limit would be crossed; nothing was charged.
@@ -74,7 +74,8 @@ class Ledger:
             StalledError: The file cannot be written.
         """
         self._check_whole()
-        before, after = decide_spend(self._entries, spend, limits)
+        due = settle(self._entries, spend)
+        before, after = decide_spend(self._entries, due, limits)
         return self._add(
             Entry(
                 sequence=len(self._entries) + 1,
@@ -83,9 +84,10 @@ class Ledger:
                 model=spend.model,
                 run=spend.run,
                 round=spend.round,
-                sampling_rate=spend.privacy.sampling_rate,
+                unit=spend.privacy.unit,
+                sampling_rate=spend.sampling_rate,
                 noise_multiplier=spend.privacy.noise_multiplier,
-                steps=spend.steps,
+                steps=due.steps,
                 delta=limits.delta,
                 epsilon_before=before,
                 epsilon_after=after,

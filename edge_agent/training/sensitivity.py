@@ -1,6 +1,6 @@
-"""Measures what one sample can add to a clipped sum, and refuses a graph that does not bound it.
+"""Measures what one sample can add to a clipped sum, and refuses a step that does not bound it.
 
-Catches mistakes, not malice: a graph could know the data that it is measured with.
+Catches mistakes, not malice: a step could know the data that it is measured with.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_agent.errors import StalledError
-from models.contract.manifest import TRAIN_STEP_NAME
 from models.tensors.spec import TensorSpec
 
 _Array = npt.NDArray[Any]
@@ -33,7 +32,7 @@ def check_sensitivity(clipped_sum: ClippedSum, first: tuple[_Array, _Array], sec
     clipping_norm = max(unclipped) / 4  # so that at least one of the gradients must be clipped
     if not 0 < clipping_norm < _NO_CLIPPING / 4:
         raise StalledError(
-            f"{TRAIN_STEP_NAME}: the largest gradient of random data has norm {max(unclipped)}: nothing to measure"
+            f"the training step: the largest gradient of random data has norm {max(unclipped)}: nothing to measure"
         )
     whole = clipped_sum(x, y, clipping_norm)
     for i in range(len(x)):
@@ -44,7 +43,7 @@ def check_sensitivity(clipped_sum: ClippedSum, first: tuple[_Array, _Array], sec
         for change, bound, what in ((alone, 1, "alone"), (removed, 1, "removed"), (replaced, 2, "replaced")):
             if not _norm(change) <= bound * clipping_norm * (1 + TOLERANCE):
                 raise StalledError(
-                    f"{TRAIN_STEP_NAME} does not clip: a sample {what} counts for {_norm(change) / clipping_norm:.3f} "
+                    f"the training step does not clip: a sample {what} counts for {_norm(change) / clipping_norm:.3f} "
                     f"clipping norms, at most {bound} is allowed"
                 )
 

@@ -15,16 +15,15 @@ from typing import Literal
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from edge_agent.errors import AgentError
+from edge_agent.errors import AgentError, StalledError
 from edge_agent.training.budget import Entry, Limits, Spend, compute_total
-from edge_agent.training.dp_sgd import check_supported
 from edge_agent.training.job import TrainingEvent, TrainingJob
 from edge_agent.training.ledger import Ledger
 from edge_agent.training.updates import UpdateStore
 from models.contract.encoding import build_digest
 from models.contract.envelope import TrainOrder, open_envelope
 from models.contract.errors import ContractError, EnvelopeError
-from models.contract.privacy import PrivacyPlan, TrainingPlan
+from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
 from models.tensors.layout import Vector
 from models.tensors.uplink import encode_update
 
@@ -34,10 +33,10 @@ class TrainingSession:
     """Answers the train messages of one run.
 
     Attributes:
-        graph_digest: Of the train step graph that `train` runs.
+        graph_digest: Of the graph that says what `train` trains.
         size: Number of parameters.
         key: The coordinator's, which signs orders.
-        train: Makes one round's update, noised; called only for what was charged.
+        train: Makes one round's update, as private as its plan says; called only for what was charged.
         report: Takes what happened.
         now_s: Unix time, s.
     """
@@ -67,7 +66,7 @@ class TrainingSession:
             stored = self.updates.find(order.run, order.round)
             if stored is None:
                 check_not_replayed(order, self.ledger.entries)
-                check_supported(order.privacy)
+                self._check_trusted(order.privacy)
                 return self._train(order, parameters)
         except ContractError as error:
             self.report(TrainingEvent(event="order_refused", message=str(error)))
@@ -86,7 +85,7 @@ class TrainingSession:
             run=order.run,
             round=order.round,
             privacy=order.privacy,
-            steps=order.training.steps,
+            steps=order.privacy.count_charged_steps(order.training),
         )
         limits = Limits(
             epsilon=self.job.epsilon_limit,
@@ -101,12 +100,20 @@ class TrainingSession:
         self._report("trained", f"round {order.round} of run {order.run!r} trained", order)
         return update
 
+    def _check_trusted(self, privacy: PrivacyPlan) -> None:
+        """Raise StalledError for an update without noise that the device's owner has not agreed to."""
+        if privacy.unit is Unit.DEVICE and not self.job.trusts_coordinator:
+            raise StalledError(
+                "a run of the privacy unit 'device' shows the coordinator this device's update before there is noise on "
+                "it; its owner has not set privacy.trust_coordinator"
+            )
+
     def _check_fits(self, order: TrainOrder, parameters: Vector) -> None:
         """Raise EnvelopeError unless `order` is for this run and graph, and for these parameters."""
         for what, found, expected in (
             ("model", order.model, self.job.model),
             ("run", order.run, self.job.run),
-            ("train step graph", order.graph_digest, self.graph_digest),
+            ("training graph", order.graph_digest, self.graph_digest),
         ):
             if found != expected:
                 raise EnvelopeError(f"the order is for {what} {found!r}, this is {expected!r}")

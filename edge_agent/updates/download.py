@@ -14,6 +14,7 @@ from edge_agent.updates.blobs import BlobStore
 from edge_agent.updates.slots import Slots
 from models.contract.manifest import (
     GRAPH_NAMES,
+    MANIFEST_NAME,
     WEIGHTS_NAME,
     FileEntry,
     ModelManifest,
@@ -37,7 +38,7 @@ class _Shortcut:
 
 def list_needed(manifest: ModelManifest, *, trains: bool) -> list[str]:
     """Return the names of the files a device needs, with or without those it trains with."""
-    graphs = GRAPH_NAMES if trains and manifest.training is not None else ()
+    graphs = manifest.training.graph_names if trains and manifest.training is not None else ()
     return [*manifest.serving_names, *graphs]
 
 
@@ -47,26 +48,32 @@ class Downloader:
     def __init__(self, *, model: str, trains: bool, blobs: BlobStore, slots: Slots, on_event: OnEvent) -> None:
         self._model, self._trains, self._blobs, self._slots, self._on_event = model, trains, blobs, slots, on_event
 
-    async def fetch(self, champion: FileEntry, find_target: FindTarget) -> bytes:
-        """Return the manifest that `champion` is, once every needed file is in a slot or in the blob store.
+    async def fetch(self, release: FileEntry, find_target: FindTarget) -> bytes:
+        """Return the manifest that `release` is, once every needed file is in a slot or in the blob store.
 
         Raises:
             TransientError: A file did not come whole.
             StalledError: It is no version for this device, or a graph is not signed by the offline role.
             MalformedError: It is no manifest.
         """
-        await self._blobs.fetch(champion)
-        data = b"".join(self._blobs.read(champion))
+        data = await self._fetch_manifest(release)
         manifest = parse_manifest(data)
         if manifest.model != self._model:
-            raise StalledError(f"the champion is a version of {manifest.model!r}, this device serves {self._model!r}")
+            raise StalledError(f"the release is a version of {manifest.model!r}, this device serves {self._model!r}")
         needed = {name: manifest.files[name] for name in list_needed(manifest, trains=self._trains)}
         for name in needed.keys() & set(GRAPH_NAMES):
             if find_target(build_graph_target(needed[name].digest, name)) != needed[name]:
                 raise StalledError(f"{name} of version {manifest.version} is not signed by the offline role")
         missing, shortcut = await asyncio.to_thread(self._look, manifest, needed)
-        await self._fetch_files(missing, shortcut, champion, manifest.version)
+        await self._fetch_files(missing, shortcut, release, manifest.version)
         return data
+
+    async def _fetch_manifest(self, release: FileEntry) -> bytes:
+        path = self._slots.find(release, MANIFEST_NAME)
+        if path is not None:
+            return path.read_bytes()
+        await self._blobs.fetch(release)
+        return b"".join(self._blobs.read(release))
 
     def _look(
         self, manifest: ModelManifest, needed: dict[str, FileEntry]
@@ -81,12 +88,12 @@ class Downloader:
         return missing, None
 
     async def _fetch_files(
-        self, missing: dict[str, FileEntry], shortcut: _Shortcut | None, champion: FileEntry, version: int
+        self, missing: dict[str, FileEntry], shortcut: _Shortcut | None, release: FileEntry, version: int
     ) -> None:
         fetched = missing if shortcut is None else missing | {WEIGHTS_NAME: shortcut.delta}
         what = f"{len(fetched)} files, {sum(entry.size_bytes for entry in fetched.values())} bytes"
         self._on_event(EventKind.DOWNLOADING, what, version)
-        self._blobs.keep_only(entry.digest for entry in (champion, *missing.values(), *fetched.values()))
+        self._blobs.keep_only(entry.digest for entry in (release, *missing.values(), *fetched.values()))
         for name, entry in missing.items():
             if name == WEIGHTS_NAME and shortcut is not None:
                 try:
@@ -97,7 +104,7 @@ class Downloader:
                     self._on_event(EventKind.DOWNLOADING, f"{what}, without the delta: {error}", version)
             await self._blobs.fetch(entry)
         self._on_event(EventKind.DOWNLOADED, what, version)
-        self._on_event(EventKind.VERIFIED, f"manifest {champion.digest[:12]}… and its files", version)
+        self._on_event(EventKind.VERIFIED, f"manifest {release.digest[:12]}… and its files", version)
 
     async def _take_shortcut(self, shortcut: _Shortcut, weights: FileEntry) -> None:
         """Make `weights` of those in a slot; raises TransientError, OSError or ValueError if that fails."""

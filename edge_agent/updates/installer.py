@@ -7,13 +7,14 @@ go better next time is tried again, after a delay that doubles; what failed its 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 from edge_agent.errors import AgentError, StalledError, TransientError
 from edge_agent.updates.blobs import BlobStore, RetainedReader
+from edge_agent.updates.challenger import ChallengerUpdater, ServeChallenger
+from edge_agent.updates.challenger_slot import ChallengerSlot
 from edge_agent.updates.download import Downloader, OnEvent, list_needed
 from edge_agent.updates.machine import (
     Action,
@@ -28,6 +29,8 @@ from edge_agent.updates.machine import (
     advance,
 )
 from edge_agent.updates.probation import Probation, TryVersion
+from edge_agent.updates.retry import Retry
+from edge_agent.updates.settings import UpdaterSettings
 from edge_agent.updates.slots import TRIES, Slots, Version
 from edge_agent.updates.targets import SignedTargets
 from models.contract.encoding import build_digest
@@ -39,32 +42,8 @@ from models.contract.offer import COORDINATOR_KEY_TARGET, build_release_target
 
 logger = logging.getLogger(__name__)
 
-RETRY_MAX_S = 600.0
-
 OpenOffer: TypeAlias = Callable[[bytes], SignedTargets]
 _Job: TypeAlias = Callable[[], Awaitable[None]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdaterSettings:
-    """What an updater is told.
-
-    Attributes:
-        trains: Whether this device needs the graphs it trains with.
-        deadline_s: For the fetch of one release, all of its files together.
-        window: Chunks asked for at once.
-        trial_timeout_s: A version that is not healthy by then hangs.
-        retry_delay_s: Before the first retry.
-    """
-
-    fleet: str
-    model: str
-    state_dir: Path
-    trains: bool
-    deadline_s: float = 120.0
-    window: int = 4
-    trial_timeout_s: float = 60.0
-    retry_delay_s: float = 5.0
 
 
 class Updater:
@@ -77,6 +56,7 @@ class Updater:
         open_offer: OpenOffer,
         reader: RetainedReader,
         try_version: TryVersion,
+        serve_challenger: ServeChallenger | None,
         on_event: OnEvent,
     ) -> None:
         """Verify what the disk holds.
@@ -87,13 +67,14 @@ class Updater:
             reader: Reads retained messages.
             try_version: Loads the version in a directory, warms it up and answers with it from then on; raises if
                 it is not healthy, and then nothing has changed. Called on a worker thread, also to change back.
+            serve_challenger: Sets the release's challenger beside the champion, or none; None if the owner has one.
             on_event: Called on the loop with what happened, one line for a person, and the version it is about.
         """
         self._settings, self._open_offer, self._on_event = settings, open_offer, on_event
         downloads_dir = settings.state_dir / "downloads"
-        self._blobs, self._keys = (
+        self._blobs, self._keys, challenger_blobs = (
             BlobStore(downloads_dir / name, reader=reader, fleet=settings.fleet, window=settings.window)
-            for name in ("versions", "keys")
+            for name in ("versions", "keys", "challenger")
         )
         self._slots = Slots(settings.state_dir / "slots")
         self._probation = Probation(
@@ -102,13 +83,20 @@ class Updater:
         self._downloader = Downloader(
             model=settings.model, trains=settings.trains, blobs=self._blobs, slots=self._slots, on_event=self._report
         )
+        self._challenger = ChallengerUpdater(
+            ChallengerSlot(settings.state_dir / "slots"),
+            settings,
+            champions=self._slots,
+            blobs=challenger_blobs,
+            serve=serve_challenger,
+            on_event=self._report,
+        )
         self._state = self._load_state()
         self._considering = asyncio.Lock()
         self._payload = b""  # the newest offer that was not refused: what a retry starts from
         self._deferred: tuple[str, _Job] | None = None  # digest, and what waits for the trial under way
         self._task: asyncio.Task[None] | None = None
-        self._retry: asyncio.Task[None] | None = None
-        self._retry_delay_s = settings.retry_delay_s
+        self._retry = Retry(self._try_again, delay_s=settings.retry_delay_s)
 
     def current(self) -> Version | None:
         """Return the version to serve, None before the first update."""
@@ -131,37 +119,50 @@ class Updater:
             self._report(EventKind.FAILED, f"{damage}; {serving}")
         if self._slots.trial is not None:
             await self._end_trial()
+        await self._challenger.resume()
 
     async def handle_offer(self, payload: bytes) -> None:
         """Bring the device to what `payload` offers; returns when that has ended, well or not.
 
         May be called while an earlier call is under way: a newer offer takes over a fetch, and waits for a trial.
         """
-        self._cancel_retry()
+        self._retry.cancel()
         async with self._considering:
-            job = await self._consider(payload)
+            release = await self._open(payload)
+            job = None if release is None else await self._consider(release)
             if job is not None:
                 self._task = asyncio.create_task(self._drain(job))
         if self._task is not None and not self._task.done():
             await asyncio.wait({self._task})
+        if release is not None:
+            await self._challenger.follow(release)
 
     async def close(self) -> None:
         """End what is under way; the next start goes on from what is on disk."""
-        self._cancel_retry()
+        self._retry.cancel()
+        self._challenger.close()
         await self._cancel_task()
 
-    async def _consider(self, payload: bytes) -> _Job | None:
-        """Return what the offer gives to do now."""
+    async def _open(self, payload: bytes) -> SignedTargets | None:
+        """Return what a genuine offer signs."""
         try:
             release = await asyncio.to_thread(self._open_offer, payload)
-            champion = release.find_target(build_release_target(self._settings.model, "champion"))
         except (AgentError, OSError) as error:
             self._report(EventKind.FAILED, str(error))
             if isinstance(error, TransientError):
                 self._payload = payload
-                self._retry_later()
+                self._retry.later()
             return None
         self._payload = payload
+        return release
+
+    async def _consider(self, release: SignedTargets) -> _Job | None:
+        """Return what the offer gives to do now."""
+        try:
+            champion = release.find_target(build_release_target(self._settings.model, "champion"))
+        except AgentError as error:
+            self._report(EventKind.FAILED, str(error))
+            return None
         await self._update_key(release)
         self._deferred = None
         if champion is None:
@@ -189,7 +190,7 @@ class Updater:
             self._keys.keep_only(())
         except (AgentError, OSError) as error:
             self._report(EventKind.FAILED, f"coordinator key: {error or 'it did not come in time'}")
-            self._retry_later()
+            self._retry.later()
 
     async def _end_trial(self) -> None:
         self._task = asyncio.create_task(self._drain(self._conclude))
@@ -221,7 +222,7 @@ class Updater:
         elif self._state.target is not None:
             self._advance(Failed(self._state.target))
         if retry:
-            self._retry_later()
+            self._retry.later()
 
     async def _install(self, release: SignedTargets, champion: FileEntry) -> None:
         if self._probation.is_hanging:
@@ -276,26 +277,14 @@ class Updater:
         self._report(EventKind.FAILED, f"rolled back and never tried again: {reason}; {serving}", number)
 
     def _settle(self) -> None:
-        self._retry_delay_s = self._settings.retry_delay_s
+        self._retry.settle()
         self._blobs.keep_only(())
 
-    def _retry_later(self) -> None:
-        self._cancel_retry()
-        self._retry = asyncio.create_task(self._try_again(self._retry_delay_s))
-        self._retry_delay_s = min(2 * self._retry_delay_s, RETRY_MAX_S)
-
-    async def _try_again(self, delay_s: float) -> None:
-        await asyncio.sleep(delay_s)
-        self._retry = None
+    async def _try_again(self) -> None:
         if self._payload:
             await self.handle_offer(self._payload)
         elif self._slots.trial is not None:
             await self._end_trial()
-
-    def _cancel_retry(self) -> None:
-        if self._retry is not None:
-            self._retry.cancel()
-            self._retry = None
 
     async def _cancel_task(self) -> None:
         if self._task is not None and not self._task.done():

@@ -7,18 +7,17 @@ Only the slot that is not active is ever written, and only after `state.json` sa
 Changing over is the one atomic rename of `state.json`.
 """
 
-import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from edge_agent.errors import StalledError
+from edge_agent.updates.folders import fill_slot, find_file, load_manifest
 from models.contract.encoding import build_digest, build_json, parse_json
 from models.contract.errors import ContractError
-from models.contract.files import save_atomically, sync_directory
-from models.contract.manifest import MANIFEST_NAME, FileEntry, ModelManifest, parse_manifest
+from models.contract.files import save_atomically
+from models.contract.manifest import FileEntry, ModelManifest
 
 TRIES = 3
 REJECTED_MAX = 64  # the newest are remembered; a broker cannot make this grow
@@ -87,8 +86,8 @@ class Slots:
         return frozenset(self._state.rejected)
 
     def find(self, entry: FileEntry, name: str) -> Path | None:
-        """Return the path in a slot of the file `name` as `entry` says, to the bit; None if no slot holds it."""
-        return next((path for path in self._dir.glob(f"[ab]/{name}") if _is_file(path, entry)), None)
+        """Return where a slot, be it the challenger's, holds the file `name` as `entry` says, to the bit."""
+        return find_file(self._dir, entry, name)
 
     def stage(self, manifest: bytes, names: Iterable[str], read: Callable[[FileEntry], Iterator[bytes]]) -> None:
         """Write a version to the idle slot and arm its trial.
@@ -102,16 +101,10 @@ class Slots:
             OSError: The disk is full or broken; what was written is removed, the active version is untouched.
             StalledError: A file is not what the manifest says.
         """
-        files = parse_manifest(manifest).files
         slot: SlotName = "b" if self.active is not None and self.active.slot == "a" else "a"
         if self._state.previous is not None or self._state.trial is not None:
             self._save(replace(self._state, previous=None, trial=None))
-        try:
-            self._fill(self._dir / slot, {name: files[name] for name in names}, read)
-            save_atomically(self._dir / slot / MANIFEST_NAME, manifest)
-        except BaseException:
-            _clear(self._dir / slot, keep=())
-            raise
+        fill_slot(self._dir / slot, manifest, names, read)
         self._save(replace(self._state, trial=Trial(slot=slot, digest=build_digest(manifest), tries_left=TRIES)))
 
     def begin_try(self) -> Version:
@@ -144,15 +137,6 @@ class Slots:
     def drop_trial(self) -> None:
         """End the trial without a verdict: its files are damaged, the version may be staged again."""
         self._save(replace(self._state, trial=None))
-
-    def _fill(self, slot_dir: Path, files: dict[str, FileEntry], read: Callable[[FileEntry], Iterator[bytes]]) -> None:
-        (slot_dir / MANIFEST_NAME).unlink(missing_ok=True)
-        keep = {name for name, entry in files.items() if _is_file(slot_dir / name, entry)}
-        _clear(slot_dir, keep=keep)
-        for name in sorted(files.keys() - keep):
-            other = self.find(files[name], name)
-            _write_file(slot_dir / name, files[name], read(files[name]) if other is None else _read_file(other))
-        sync_directory(slot_dir)
 
     def get_trial(self) -> Trial:
         """Return the trial under way; raises StalledError if there is none."""
@@ -192,50 +176,4 @@ class Slots:
 
 def _load_version(slots_dir: Path, slot: SlotName, digest: str) -> Version:
     directory = slots_dir / slot
-    try:
-        data = (directory / MANIFEST_NAME).read_bytes()
-        if build_digest(data) != digest:
-            raise StalledError(f"{MANIFEST_NAME} in slot {slot} is damaged")
-        manifest = parse_manifest(data)
-        for name, entry in manifest.files.items():
-            needed = name in manifest.serving_names or (directory / name).exists()
-            if needed and not _is_file(directory / name, entry):
-                raise StalledError(f"{name} in slot {slot} is damaged")
-    except (OSError, ContractError) as error:
-        raise StalledError(f"slot {slot} is unreadable: {error}") from error
-    return Version(manifest=manifest, digest=digest, slot=slot, directory=directory)
-
-
-def _is_file(path: Path, entry: FileEntry) -> bool:
-    try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != entry.size_bytes:
-                return False
-            return hashlib.file_digest(file, "sha256").hexdigest() == entry.digest
-    except FileNotFoundError:
-        return False
-
-
-def _read_file(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            yield block
-
-
-def _write_file(path: Path, entry: FileEntry, blocks: Iterator[bytes]) -> None:
-    sha256 = hashlib.sha256()
-    with path.open("wb") as file:
-        for block in blocks:
-            sha256.update(block)
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    if sha256.hexdigest() != entry.digest:
-        raise StalledError(f"{path.name} changed while it was staged")
-
-
-def _clear(slot_dir: Path, *, keep: Iterable[str]) -> None:
-    kept = set(keep)
-    for path in slot_dir.iterdir():
-        if path.name not in kept:
-            path.unlink()
+    return Version(manifest=load_manifest(directory, digest), digest=digest, slot=slot, directory=directory)

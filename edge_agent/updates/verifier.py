@@ -10,7 +10,7 @@ from typing import Any
 
 from edge_agent.children import DeadlineError, bound_this_process, run_child
 from edge_agent.errors import StalledError, TransientError
-from edge_agent.updates.targets import SignedTargets
+from edge_agent.updates.targets import SignedTarget, SignedTargets
 from models.contract.encoding import build_json, parse_json
 
 DEADLINE_S = 50.0  # takes 0.3 s of processor time, on a busy device 10 s
@@ -36,7 +36,7 @@ def verify_offer(payload: bytes, *, root: bytes, trust_dir: Path) -> SignedTarge
         said = run_child("edge_agent.updates.verifier", given=given, deadline_s=DEADLINE_S)
     except DeadlineError as error:
         raise TransientError(f"the offer was not verified within {DEADLINE_S:g} s") from error
-    return SignedTargets(parse_json(said, dict[str, tuple[str, int]], max_bytes=_SAID_MAX_BYTES))
+    return SignedTargets(parse_json(said, dict[str, SignedTarget], max_bytes=_SAID_MAX_BYTES))
 
 
 def main() -> int:

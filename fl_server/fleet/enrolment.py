@@ -36,11 +36,13 @@ port = {broker_port}
 superlink = "{superlink}"
 ca_path = "ca.pem"
 node_key_path = "node.key"     # this device's identity in training: keep it secret
+# definition = "model.py:definition"  # your copy, for a model that trains with the Opacus engine
 
 [privacy]                      # the owner's own limits, held over any plan of the coordinator
 epsilon_limit = "8"            # largest epsilon of one model, over the device's lifetime
 # total_epsilon_limit = "8"    # of all models together; without it as much as of one
 noise_multiplier_limit = "0"   # smallest noise multiplier
+# trust_coordinator = true     # for runs of the unit device: it sees updates that have no noise yet
 delta = "0.001"
 
 [telemetry]

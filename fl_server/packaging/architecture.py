@@ -68,6 +68,11 @@ class Architecture(ArchitectureDocument):
     def evaluate_path(self) -> Path:
         return self.directory / EVALUATE_NAME
 
+    @property
+    def graph_paths(self) -> dict[str, Path]:
+        """By name, the graphs that devices train and evaluate with."""
+        return {name: self.directory / name for name in self.training.graph_names}
+
     def load_initial_parameters(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return the parameters before any training, by name."""
         return load_parameters(self.directory / INITIAL_NAME, self.training.layout)

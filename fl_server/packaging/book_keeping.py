@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fl_server.errors import DefinitionError
-from fl_server.packaging.clipping import Step, sum_clipped
+from fl_server.packaging.clipping import sum_clipped
 from fl_server.packaging.layers import CHECKS, RULES, LayerGradient, Use
-from fl_server.packaging.losses import SampleLosses
+from models.definitions.losses import SampleLosses
+from models.definitions.substitutes import Step
 
 
 class UnderivableError(DefinitionError):

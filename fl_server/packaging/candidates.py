@@ -26,7 +26,7 @@ from fl_server.packaging.template import (
 )
 from fl_server.packaging.tflite import CALIBRATION_ROWS, FLOAT_NAME, INT8_NAME
 from models.contract.encoding import build_digest
-from models.contract.manifest import MANIFEST_NAME, TRAIN_STEP_NAME, WEIGHTS_NAME, Precision, parse_manifest
+from models.contract.manifest import EVALUATE_NAME, MANIFEST_NAME, WEIGHTS_NAME, Precision, parse_manifest
 from models.definitions.definition import DEFAULT_LOGIT_TOLERANCE
 
 logger = logging.getLogger(__name__)
@@ -130,10 +130,10 @@ def _keep_template(
 ) -> bool:
     """Write the float `graph` in int8 by the champion's template, as `_build_template`; return whether that will do."""
     champion = parse_manifest((champion_dir / MANIFEST_NAME).read_bytes())
-    step = champion.files.get(TRAIN_STEP_NAME)
-    if WEIGHTS_NAME not in champion.files or step is None:
+    evaluate = champion.files.get(EVALUATE_NAME)  # of the same architecture's, or the template is another's
+    if WEIGHTS_NAME not in champion.files or evaluate is None:
         return False
-    if step.digest != build_digest(architecture.train_step_path.read_bytes()):
+    if evaluate.digest != build_digest(architecture.evaluate_path.read_bytes()):
         return False
     shutil.copyfile(champion_dir / champion.inference_name, path)
     template, prepared = load_graph(path), prepare_graph(graph, architecture.quantization)

@@ -1,15 +1,11 @@
 """From per-sample gradients, in whatever form they are kept, to clipped sums."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fl_server.packaging.layers import LayerGradient
-
-# (x, y, mask, clipping_norm, *parameters) -> (*sums, norms)
-Step: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
 
 def sum_clipped(

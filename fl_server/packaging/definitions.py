@@ -1,13 +1,7 @@
-"""How a model definition is found: in a file of the user's or in an installed module."""
-
-import importlib
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
+"""How the coordinator's commands find a model definition."""
 
 from fl_server.errors import DefinitionError, UsageError
-from models.definitions import ModelDefinition
+from models.definitions import ModelDefinition, loading
 
 
 def load_definition(reference: str) -> ModelDefinition:
@@ -17,45 +11,9 @@ def load_definition(reference: str) -> ModelDefinition:
         UsageError: The reference is malformed, or there is no such file or module.
         DefinitionError: The code fails, lacks the name, or holds something else under it.
     """
-    source, separator, name = reference.rpartition(":")
-    if not separator or not source or not name.isidentifier():
-        raise UsageError(f"{reference!r} is no definition: write FILE.py:NAME or package.module:NAME")
-    module = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)
-    if not hasattr(module, name):
-        known = [key for key, value in vars(module).items() if isinstance(value, ModelDefinition)]
-        raise DefinitionError(f"{source} has no {name!r}; definitions there: {', '.join(known) or 'none'}")
-    definition = getattr(module, name)
-    if not isinstance(definition, ModelDefinition):
-        raise DefinitionError(f"{reference} is of type {type(definition).__name__}, expected ModelDefinition")
-    return definition
-
-
-def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file")
-    spec = importlib.util.spec_from_file_location(f"_definition_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # dataclasses in the file look themselves up there
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[module.__name__]
-        raise DefinitionError(f"{path}: {type(error).__name__}: {_first_line(error)}") from error
-    return module
-
-
-def _load_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise UsageError(f"no module named {name!r}; a file is written FILE.py:NAME") from error
-        raise DefinitionError(f"{name}: {error}") from error
-    except Exception as error:
-        raise DefinitionError(f"{name}: {type(error).__name__}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+        return loading.load_definition(reference)
+    except loading.NoDefinitionError as error:
+        raise UsageError(str(error)) from error
+    except loading.UnusableDefinitionError as error:
+        raise DefinitionError(str(error)) from error

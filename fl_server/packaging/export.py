@@ -27,7 +27,6 @@ from fl_server.packaging.architecture import (
     load_architecture,
     save_architecture_document,
 )
-from fl_server.packaging.clipping import Step
 from fl_server.packaging.decompositions import DECOMPOSITIONS
 from fl_server.packaging.graphs import (
     bind_inputs,
@@ -38,12 +37,15 @@ from fl_server.packaging.graphs import (
     save_graph,
     strip_metadata,
 )
-from fl_server.packaging.source import Source, derive_step, load_source, say
+from fl_server.packaging.source import Source, check_opacus_step, derive_step, load_source, say
 from fl_server.packaging.staging import staged_directory
 from fl_server.packaging.training_step import build_evaluation
 from models.contract.manifest import EVALUATE_NAME, TRAIN_STEP_NAME, TrainingContract
 from models.definitions import ModelDefinition
+from models.definitions.substitutes import Step
 from models.tensors.layout import Layout
+
+_LOG = logging.getLogger(__name__)
 
 OPSET = 18  # the oldest that holds all we emit: any onnxruntime a device may have reads it
 _CLIPPING_NORM = 1.0  # an example for tracing; a graph takes it as input
@@ -88,25 +90,12 @@ def export_architecture(definition: ModelDefinition, directory: Path, *, seed: i
 
 def _export_all(source: Source, staging: Path) -> None:
     definition, parameters = source.definition, source.parameters
-    step, reason = derive_step(source)
+    problem = _export_step(source, staging / TRAIN_STEP_NAME)
     evaluation = build_evaluation(source.module, source.losses)
-    mask, clipping_norm = torch.ones(definition.batch), torch.tensor(_CLIPPING_NORM)
-    names = list(parameters)
-    try:
-        _export_traced(
-            step,
-            dict(zip(["x", "y", "mask", "clipping_norm", *names],
-                     [source.x, source.y, mask, clipping_norm, *parameters.values()], strict=True)),
-            [*(f"sum/{name}" for name in names), "norms"],
-            staging / TRAIN_STEP_NAME,
-        )  # fmt: skip
-    except DefinitionError as error:
-        raise (
-            DefinitionError(f"{error}; one gradient a sample was tried because {reason}") if reason else error
-        ) from error
+    mask, names = torch.ones(definition.batch), list(parameters)
     _export_traced(
         evaluation,
-        dict(zip(["x", "y", "mask", *names], [source.x, source.y, mask, *parameters.values()], strict=True)),
+        {"x": source.x, "y": source.y, "mask": mask, **parameters},
         ["loss", "output"],
         staging / EVALUATE_NAME,
     )
@@ -124,12 +113,50 @@ def _export_all(source: Source, staging: Path) -> None:
             batch=definition.batch,
             target=source.target,
             metric=definition.metric if isinstance(definition.metric, str) else definition.metric.__name__,
+            engine="onnx" if problem is None else "opacus",
         ),
         quantization="dynamic" if has_tables else "static",
         prefer=definition.prefer,
         logit_tolerance=definition.logit_tolerance,
     )
     save_architecture_document(staging, document)
+    if problem is not None:
+        _LOG.warning(
+            "%s: %s; so devices train it with the Opacus engine: each needs edge-fl[opacus], and this definition as "
+            "federation.definition",
+            definition.name,
+            problem,
+        )
+
+
+def _export_step(source: Source, path: Path) -> DefinitionError | None:
+    """Write the training step to `path`, or return why it has no graph; the Opacus engine then takes it.
+
+    Raises:
+        DefinitionError: The module cannot be trained privately by either.
+    """
+    try:
+        _export_derived(source, path)
+    except DefinitionError as error:
+        path.unlink(missing_ok=True)
+        try:
+            check_opacus_step(source)
+        except DefinitionError:
+            raise error from None  # which says what to change
+        return error
+    return None
+
+
+def _export_derived(source: Source, path: Path) -> None:
+    step, reason = derive_step(source)
+    mask, clipping_norm = torch.ones(source.definition.batch), torch.tensor(_CLIPPING_NORM)
+    feeds = {"x": source.x, "y": source.y, "mask": mask, "clipping_norm": clipping_norm, **source.parameters}
+    try:
+        _export_traced(step, feeds, [*(f"sum/{name}" for name in source.parameters), "norms"], path)
+    except DefinitionError as error:
+        raise (
+            DefinitionError(f"{error}; one gradient a sample was tried because {reason}") if reason else error
+        ) from error
 
 
 def _export_traced(step: Step, feeds: dict[str, Tensor], output_names: list[str], path: Path) -> None:

@@ -19,11 +19,9 @@ from fl_server.packaging.precision import BATCH, StrayingError, choose_precision
 from fl_server.packaging.staging import staged_directory
 from models.contract.encoding import build_digest
 from models.contract.manifest import (
-    EVALUATE_NAME,
     INFERENCE_NAMES,
     MANIFEST_NAME,
     PARAMETERS_NAME,
-    TRAIN_STEP_NAME,
     WEIGHTS_NAME,
     Delta,
     Figures,
@@ -71,7 +69,7 @@ def package_version(
     """Write a model version to `out_dir`, which appears whole and durable or not at all.
 
     Args:
-        architecture: Its step graphs become part of the version.
+        architecture: Its training graphs become part of the version.
         parameters: Finite float32 arrays by the names of the architecture's layout.
         version: Counts up from 1 within the model.
         calibration: Inputs, shape (n, ...), n >= 1; none of a device's own data.
@@ -110,8 +108,8 @@ def package_version(
                 shutil.copyfile(path, staging / WEIGHTS_NAME)
             quality = tools.measure(inference_path, candidates.exact_path)
             _check_graph(architecture, inference_path, calibration, candidates.outputs, quality)
-        shutil.copyfile(architecture.train_step_path, staging / TRAIN_STEP_NAME)
-        shutil.copyfile(architecture.evaluate_path, staging / EVALUATE_NAME)
+        for graph_name, path in architecture.graph_paths.items():
+            shutil.copyfile(path, staging / graph_name)
         (staging / PARAMETERS_NAME).write_bytes(save(dict(parameters)))
         files = {path.name: describe_file(path) for path in sorted(staging.iterdir())}
         inputs, training = architecture.inputs, architecture.training

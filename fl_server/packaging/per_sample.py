@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fl_server.packaging.clipping import Step, sum_clipped
+from fl_server.packaging.clipping import sum_clipped
 from fl_server.packaging.layers import from_per_sample
-from fl_server.packaging.losses import SampleLosses
+from models.definitions.losses import SampleLosses
+from models.definitions.substitutes import Step
 
 
 def build_per_sample_step(module: nn.Module, sample_losses: SampleLosses) -> Step:

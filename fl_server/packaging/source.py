@@ -1,17 +1,20 @@
 """A definition's module with examples to trace and check it with."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fl_server.errors import DefinitionError, ServerError
-from fl_server.packaging.clipping import Step
-from fl_server.packaging.losses import SampleLosses, build_sample_losses, build_target_spec
-from fl_server.packaging.step_check import check_module
+from fl_server.packaging.step_check import check_module, check_rows, check_step
 from fl_server.packaging.training_step import derive_training_step
 from models.definitions import ModelDefinition, TensorSpec
+from models.definitions.losses import SampleLosses, build_sample_losses, build_target_spec
+from models.definitions.substitutes import Step
 
+_DOES_NOT_RUN = "the module does not run on its own inputs"
 _SPREAD = 0.1  # of random parameters around the initial ones
 
 
@@ -73,10 +76,28 @@ def derive_step(source: Source) -> tuple[Step, str | None]:
     Raises:
         DefinitionError: They fail, or do not give what the definition says.
     """
+    _check_runs(source)
+    with _blamed(_DOES_NOT_RUN):
+        return derive_training_step(source.module, source.losses, source.x, source.y, source.parameters)
+
+
+def check_opacus_step(source: Source) -> None:
+    """Raise DefinitionError unless Opacus takes the clipped sums of the module as one backward pass a sample does."""
+    _check_runs(source)
+    with _blamed("Opacus has no gradients of each sample"):
+        from models.definitions.opacus_step import build_opacus_step  # which takes a second to import
+
+        check_rows(source.module, source.x, source.parameters)
+        step = build_opacus_step(source.module, source.losses)
+        check_step(source.module, step, source.losses, source.x, source.y, source.parameters)
+
+
+def _check_runs(source: Source) -> None:
+    """Raise DefinitionError unless module and loss can be trained privately and give what the definition says."""
     check_module(source.module)
     spec = source.definition.outputs[0]
     expected = (source.definition.batch, *spec.row_shape)
-    try:
+    with _blamed(_DOES_NOT_RUN):
         output = source.module(source.x)
         if not isinstance(output, Tensor):
             raise DefinitionError(
@@ -93,11 +114,17 @@ def derive_step(source: Source) -> tuple[Step, str | None]:
             whole = source.definition.loss(output, source.y)
             if not torch.allclose(whole, losses.sum(), rtol=1e-3):
                 raise DefinitionError("the loss is not the sum of the losses of the rows; reduce by sum, not by mean")
-        return derive_training_step(source.module, source.losses, source.x, source.y, source.parameters)
+
+
+@contextlib.contextmanager
+def _blamed(what: str) -> Iterator[None]:
+    """Turn what the author's code raises, and torch on it, into a DefinitionError that begins with `what`."""
+    try:
+        yield
     except ServerError:
         raise
-    except Exception as error:  # the author's code, run on data of the shapes that the definition states
-        raise DefinitionError(f"the module does not run on its own inputs: {say(error)}") from error
+    except Exception as error:
+        raise DefinitionError(f"{what}: {say(error)}") from error
 
 
 def say(error: Exception) -> str:

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fl_server.errors import DefinitionError
-from fl_server.packaging.clipping import Step
-from fl_server.packaging.losses import SampleLosses
+from models.definitions.losses import SampleLosses
+from models.definitions.substitutes import Step
 
 _CHECKED_ROWS = 4
 _CHECK_TOLERANCE = 1e-3  # of the clipping norm: far above float32 rounding, far below any missing term

@@ -13,11 +13,10 @@ from torch.func import functional_call
 
 from fl_server.errors import DefinitionError
 from fl_server.packaging.book_keeping import build_book_keeping_step
-from fl_server.packaging.clipping import Step
-from fl_server.packaging.losses import SampleLosses
 from fl_server.packaging.per_sample import build_per_sample_step
 from fl_server.packaging.step_check import check_rows, check_step
-from fl_server.packaging.substitutes import build_substituted, restore_parameters
+from models.definitions.losses import SampleLosses
+from models.definitions.substitutes import Step, build_substituted, restore_parameters
 
 _LOG = logging.getLogger(__name__)
 

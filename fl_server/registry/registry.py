@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 from fl_server.database import open_database
 from fl_server.errors import ServerError
@@ -22,8 +22,7 @@ from models.contract.encoding import build_digest
 from models.contract.errors import ContractError
 from models.contract.files import save_atomically, sync_directory
 from models.contract.manifest import MANIFEST_NAME, FileEntry, ModelManifest, parse_manifest
-
-Alias = Literal["champion", "challenger", "previous"]
+from models.contract.terms import Role
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS versions (
@@ -42,7 +41,21 @@ CREATE TABLE IF NOT EXISTS aliases (
     PRIMARY KEY (model, alias),
     FOREIGN KEY (model, version) REFERENCES versions (model, version)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS tags (
+    model TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    key TEXT NOT NULL,
+    value TEXT NOT NULL,
+    PRIMARY KEY (model, version, key),
+    FOREIGN KEY (model, version) REFERENCES versions (model, version)
+) STRICT;
 """
+
+_WAYS: dict[Role, str] = {  # to have a version of that alias
+    "champion": "release a version first: fl-server release VERSION_DIR",
+    "challenger": "release one first: fl-server release VERSION_DIR --challenger",
+    "previous": "one is there once a second version is the champion",
+}
 
 
 class RegistryError(ServerError):
@@ -127,16 +140,16 @@ class Registry:
             return found
         raise RegistryError(f"{model} has no version {version}")
 
-    def get_model_version_by_alias(self, model: str, alias: Alias) -> ModelVersion:
+    def get_model_version_by_alias(self, model: str, alias: Role) -> ModelVersion:
         """Return the version `alias` stands for; raises RegistryError if there is none."""
         query = "SELECT version FROM aliases WHERE model = ? AND alias = ?"
         row = self._index.execute(query, (model, alias)).fetchone()
         if row is None:
-            raise RegistryError(f"{model} has no {alias}; release a version first: fl-server release VERSION_DIR")
+            raise RegistryError(f"{model} has no {alias}; {_WAYS[alias]}")
         return self.get_model_version(model, row["version"])
 
-    def set_registered_model_alias(self, model: str, alias: Alias, version: int) -> None:
-        """Let `alias` stand for `version`; the champion that another one replaces becomes "previous"."""
+    def set_registered_model_alias(self, model: str, alias: Role, version: int) -> None:
+        """Let `alias` stand for `version`; a champion that is replaced becomes "previous", one that was challenger is none."""
         self.get_model_version(model, version)
         self._index.execute("BEGIN IMMEDIATE")
         try:
@@ -146,11 +159,28 @@ class Registry:
                     "WHERE model = ? AND alias = 'champion' AND version != ?",
                     (model, version),
                 )
+                self._index.execute(
+                    "DELETE FROM aliases WHERE model = ? AND alias = 'challenger' AND version = ?", (model, version)
+                )
             self._index.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?, ?)", (model, alias, version))
         except BaseException:
             self._index.execute("ROLLBACK")
             raise
         self._index.execute("COMMIT")
+
+    def delete_registered_model_alias(self, model: str, alias: Role) -> None:
+        """Let `alias` stand for nothing; there need not be one."""
+        self._index.execute("DELETE FROM aliases WHERE model = ? AND alias = ?", (model, alias))
+
+    def set_model_version_tag(self, model: str, version: int, key: str, value: str) -> None:
+        """Attach a text to a version, in the place of the one it had under `key`."""
+        self.get_model_version(model, version)
+        self._index.execute("INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?)", (model, version, key, value))
+
+    def get_model_version_tags(self, model: str, version: int) -> dict[str, str]:
+        """Return the version's texts by key."""
+        query = "SELECT key, value FROM tags WHERE model = ? AND version = ?"
+        return {row["key"]: row["value"] for row in self._index.execute(query, (model, version))}
 
     def search_model_versions(
         self,

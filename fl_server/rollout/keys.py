@@ -1,7 +1,13 @@
-"""Signing keys on disk: Ed25519 in PKCS8 PEM files that only their owner reads."""
+"""Signing keys: Ed25519 in PKCS8 PEM files that only their owner reads, or a signer elsewhere (HSM, KMS).
 
+A file is known by the key in it, not by its name, so that keys may lie in any folder, on a stick as well.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -9,10 +15,18 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
+    load_pem_public_key,
 )
+from securesystemslib.exceptions import UnverifiedSignatureError
+from securesystemslib.signer import CryptoSigner, Key, Signer, SSlibKey
 
 from fl_server.errors import OfflineKeyError, ServerError
-from models.contract.files import save_atomically
+from models.contract.encoding import build_json, parse_json
+from models.contract.errors import ContractError
+from models.contract.files import save_atomically, sync_directory
+
+KEYID_SHOWN = 12  # characters of a key id that tell it from all others of a fleet
+_SIGNER_MAX_BYTES = 4096
 
 
 def create_key(path: Path) -> Ed25519PrivateKey:
@@ -43,3 +57,106 @@ def load_key(path: Path) -> Ed25519PrivateKey:
 def build_public_pem(key: Ed25519PublicKey) -> bytes:
     """Return `key` as SubjectPublicKeyInfo PEM."""
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExternalSigner:
+    """Where a private key is that no file here holds.
+
+    Attributes:
+        keyid: Of its public key, which the metadata holds.
+        uri: As securesystemslib names signers: "hsm:…", "gcpkms:…", "awskms:…", "azurekms:…", "hv:…", "file2:PATH".
+    """
+
+    keyid: str
+    uri: str
+
+
+class KeyRing:
+    """What can sign on this machine: the key files and signer files of some folders, found by key id."""
+
+    def __init__(self, *folders: Path) -> None:
+        self._folders = folders
+
+    def find_signers(self, keys: Iterable[Key]) -> list[Signer]:
+        """Return the signers of those of `keys` whose private part is within reach.
+
+        Raises:
+            ServerError: A file in one of the folders is no key, or a signer is not to be had.
+        """
+        files, external = self._list_files(), self._list_external()
+        signers: list[Signer] = []
+        for key in keys:
+            if key.keyid in files:
+                signers.append(CryptoSigner(load_key(files[key.keyid])))
+            elif key.keyid in external:
+                signers.append(_open_external(external[key.keyid][1], key))
+        return signers
+
+    def find_place(self, keyid: str) -> str | None:
+        """Return where the private part of a key is, as a person would write it; None if not within reach."""
+        external = self._list_external()
+        if keyid in external:
+            return external[keyid][1]
+        path = self._list_files().get(keyid)
+        return None if path is None else str(path)
+
+    def forget(self, keyids: Iterable[str], folder: Path) -> None:
+        """Remove the files in `folder` of keys that sign nothing any more."""
+        paths = self._list_files() | {keyid: path for keyid, (path, _) in self._list_external().items()}
+        for keyid in keyids:
+            if keyid in paths and paths[keyid].parent == folder:
+                paths[keyid].unlink()
+
+    def _list_files(self) -> dict[str, Path]:
+        paths = (path for folder in self._folders for path in sorted(folder.glob("*.pem")))
+        return {_get_keyid(load_key(path)): path for path in paths}
+
+    def _list_external(self) -> dict[str, tuple[Path, str]]:
+        found = {}
+        for path in (path for folder in self._folders for path in sorted(folder.glob("*.signer"))):
+            try:
+                signer = parse_json(path.read_bytes(), ExternalSigner, max_bytes=_SIGNER_MAX_BYTES)
+            except (OSError, ContractError) as error:
+                raise ServerError(f"{path}: {error}") from error
+            found[signer.keyid] = (path, signer.uri)
+        return found
+
+
+def create_role_key(folder: Path, role: str) -> tuple[Key, Path]:
+    """Return the public part of a new key for `role`, and the file in `folder` that it was saved to."""
+    staged_path = folder / f".{role}.new"
+    key = create_key(staged_path)
+    public = CryptoSigner(key).public_key
+    path = folder / f"{role}-{public.keyid[:KEYID_SHOWN]}.pem"
+    staged_path.replace(path)
+    sync_directory(folder)
+    return public, path
+
+
+def save_external(folder: Path, role: str, *, uri: str, public_key_path: Path) -> tuple[Key, Path]:
+    """Return the public key in a PEM file, and the new file in `folder` that says which signer has its private part.
+
+    Raises:
+        ServerError: There is no such signer, or it does not sign for that key.
+    """
+    try:
+        public = SSlibKey.from_crypto(load_pem_public_key(public_key_path.read_bytes()))
+        signature = _open_external(uri, public).sign(b"test")
+        public.verify_signature(signature, b"test")
+    except (ValueError, TypeError, UnsupportedAlgorithm, UnverifiedSignatureError) as error:
+        raise ServerError(f"{public_key_path}, {uri}: {error}") from error
+    path = folder / f"{role}-{public.keyid[:KEYID_SHOWN]}.signer"
+    save_atomically(path, build_json(ExternalSigner(keyid=public.keyid, uri=uri)), mode=0o600)
+    return public, path
+
+
+def _open_external(uri: str, key: Key) -> Signer:
+    try:
+        return Signer.from_priv_key_uri(uri, key)
+    except Exception as error:  # every kind of signer has errors of its own
+        raise ServerError(f"signer {uri}: {error}") from error
+
+
+def _get_keyid(key: Ed25519PrivateKey) -> str:
+    return CryptoSigner(key).public_key.keyid

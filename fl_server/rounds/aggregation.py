@@ -1,13 +1,17 @@
 """Which updates count, and what they come to. Pure."""
 
 import math
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from models.contract.privacy import Uplink
 from models.tensors.layout import Vector
 from models.tensors.norms import l2_norm
 from models.tensors.uplink import decode_update
+
+Floats: TypeAlias = npt.NDArray[np.float64]
 
 _BLOCK = 1 << 16  # values
 
@@ -30,24 +34,32 @@ def check_update(data: bytes, *, size: int, norm_limit: float, uplink: Uplink = 
     return update
 
 
-class MeanFold:
-    """The mean of updates with equal weight, folded as they arrive: memory does not grow with the cohort."""
+class SumFold:
+    """The sum of updates with equal weight, folded as they arrive: memory does not grow with the cohort.
+
+    Attributes:
+        sum: Shape (size,), float64.
+        count: Updates in it.
+    """
 
     def __init__(self, size: int) -> None:
-        self._sum = np.zeros(size, np.float64)
+        self.sum = np.zeros(size, np.float64)
         self.count = 0
 
     def add(self, update: Vector) -> None:
         """Count one update, shape (size,), finite."""
-        self._sum += update
+        self.sum += update
         self.count += 1
 
-    def apply(self, parameters: Vector) -> Vector:
-        """Return `parameters` moved by the mean, shape (size,), float32; unchanged where nothing was added."""
-        if self.count == 0:
-            return parameters
-        moved = np.empty(parameters.size, np.float32)
-        for start in range(0, moved.size, _BLOCK):  # no second vector of float64
-            block = slice(start, start + _BLOCK)
-            moved[block] = parameters[block] + self._sum[block] / self.count
-        return moved
+    def finish(self, denominator: float) -> Floats:
+        """Return the sum over `denominator`, in the sum's own memory: the fold is over."""
+        return np.divide(self.sum, denominator, out=self.sum)
+
+
+def move(parameters: Vector, step: Floats) -> Vector:
+    """Return `parameters` moved by `step`, both shape (n,); float32."""
+    moved = np.empty(parameters.size, np.float32)
+    for start in range(0, moved.size, _BLOCK):  # no second vector of float64
+        block = slice(start, start + _BLOCK)
+        moved[block] = parameters[block] + step[block]
+    return moved

@@ -10,38 +10,47 @@ Events go out as JSON lines and may repeat: the last completed round is told aga
 
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TextIO
 
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from fl_server.errors import RunError
-from fl_server.rounds.aggregation import MeanFold, check_update
-from fl_server.rounds.events import Abandoned, Done, Event, Joined, RoundCompleted, UpdateRefused
+from fl_server.rounds.aggregation import move
+from fl_server.rounds.attempt import Attempt
+from fl_server.rounds.events import Abandoned, Done, Event, Joined, RoundCompleted
 from fl_server.rounds.flower import Reply, Session, SessionLostError
-from fl_server.rounds.quorum import Decision, decide_round, may_begin
-from fl_server.rounds.robust import aggregate
+from fl_server.rounds.mechanism import draw_cohort
+from fl_server.rounds.optimizers import begin_moments, take_step
+from fl_server.rounds.quorum import Decision, may_begin
 from fl_server.rounds.run import (
     Checkpoint,
     RunSpec,
     build_round_dir,
     load_checkpoint,
+    load_cohort,
+    load_moments,
     load_parameters,
     load_sequence,
     load_spec,
     save_checkpoint,
+    save_cohort,
+    save_moments,
     save_sequence,
 )
 from fl_server.rounds.spool import Spool
 from models.contract.encoding import build_digest
 from models.contract.envelope import TrainOrder, build_envelope
+from models.contract.privacy import Unit
 from models.tensors.layout import Vector, build_vector_bytes
+from models.tensors.noise import Entropy
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +59,8 @@ SESSIONS_MAX = 10  # lost in one round, before the run is given up: it is the ro
 POLL_FIRST_S, POLL_GROWTH, POLL_MAX_S = 0.1, 1.2, 0.5
 ONLINE_POLL_S = 0.25
 REOPEN_S = 1.0
+_TOO_FEW_ONLINE = "fewer of the devices that were drawn are online than the quorum asks for"
+_TOO_FEW_UPDATES = "fewer updates came than the quorum asks for"
 
 
 class StoppedError(RunError):
@@ -109,6 +120,7 @@ class Driver:
         words: Permits,
         emit: Callable[[Event], None],
         open_exchange: Callable[[RunSpec], AbstractContextManager[Exchange]] | None = None,
+        entropy: Entropy = os.urandom,
     ) -> None:
         """Load the run; nothing is opened.
 
@@ -117,14 +129,20 @@ class Driver:
             words: Permit rounds.
             emit: Takes what happened.
             open_exchange: Reaches the devices; without it the SuperLink of the run does.
+            entropy: Of cohorts and noise; only a simulation passes its own.
         """
-        self._run_dir, self._words, self._emit = run_dir, words, emit
+        self._run_dir, self._words, self._emit, self._entropy = run_dir, words, emit, entropy
         self._open_exchange = open_exchange or _open_session
         self._spec = load_spec(run_dir)
         self._key = _load_order_key(Path(self._spec.order_key_path))
         checkpoint = load_checkpoint(run_dir)
         self._completed = checkpoint.round if checkpoint else 0
         self._parameters = load_parameters(run_dir, self._spec.layout, self._completed)
+        self._privacy, self._moments = self._spec.privacy, begin_moments(self._spec.optimizer, self._spec.layout.size)
+        if checkpoint and self._moments.first.size:
+            self._moments = load_moments(run_dir, self._completed)
+        if checkpoint and checkpoint.clipping_norm:
+            self._privacy = replace(self._privacy, clipping_norm=checkpoint.clipping_norm)
         self._abandoned = self._sessions = 0  # of the round under way
         self._is_permitted = checkpoint is None
         if checkpoint:
@@ -155,26 +173,29 @@ class Driver:
         self._emit(Done())
 
     def _join(self, session: Exchange) -> None:
-        online = self._await_devices(session, wanted=len(self._spec.devices))
+        devices = self._spec.devices
+        online = self._await_devices(session, set(devices.values()), wanted=len(devices), quorum=self._spec.quorum)
         self._emit(Joined(devices=tuple(sorted(name for name, node in self._spec.devices.items() if node in online))))
 
-    def _await_devices(self, session: Exchange, *, wanted: int) -> set[int]:
-        """Return the nodes that are online, as soon as enough of the run's are."""
+    def _await_devices(self, session: Exchange, nodes: set[int], *, wanted: int, quorum: int) -> set[int]:
+        """Return which of `nodes` are online, as soon as enough are."""
         started = time.monotonic()
         while True:
-            online = session.list_online()
-            ready = len(online.intersection(self._spec.devices.values()))
+            online = session.list_online() & nodes
+            ready = len(online)
             decision = may_begin(
                 ready=ready,
                 wanted=wanted,
-                quorum=self._spec.quorum,
+                quorum=quorum,
                 elapsed_s=time.monotonic() - started,
                 timeout_s=self._spec.join_timeout_s,
             )
             if decision is Decision.COMPLETE:
                 return online
             if decision is Decision.ABANDON:
-                reason = f"{ready} of {len(self._spec.devices)} devices are online, the quorum is {self._spec.quorum}"
+                reason = f"{ready} of {len(nodes)} devices are online, the quorum is {quorum}"
+                if self._privacy.unit is Unit.DEVICE:
+                    reason = _TOO_FEW_ONLINE  # how many were drawn stays here
                 self._emit(Abandoned(round=self._completed + 1, reason=reason))
                 raise RunError(f"round {self._completed + 1}: {reason}")
             self._words.pause(ONLINE_POLL_S)
@@ -183,16 +204,30 @@ class Driver:
         if not self._is_permitted:
             self._words.wait_for_permit()
             self._is_permitted = True
-        online = self._await_devices(session, wanted=self._spec.quorum)
-        attempt = _Attempt(self._spec, self._completed + 1, build_round_dir(self._run_dir, self._completed + 1))
-        attempt.ask({name: node for name, node in self._spec.devices.items() if node in online})
+        cohort = self._choose_cohort(self._completed + 1)
+        quorum = min(self._spec.quorum, len(cohort))
+        online = self._await_devices(session, set(cohort.values()), wanted=quorum, quorum=quorum)
+        directory = build_round_dir(self._run_dir, self._completed + 1)
+        attempt = Attempt(self._spec, self._privacy, self._completed + 1, directory, cohort=cohort)
+        attempt.ask({name: node for name, node in cohort.items() if node in online})
         if self._exchange(session, attempt) is Decision.COMPLETE:
             self._complete(attempt)
         else:
             self._abandon(attempt)
         session.forget()
 
-    def _exchange(self, session: Exchange, attempt: "_Attempt") -> Decision:
+    def _choose_cohort(self, number: int) -> dict[str, int]:
+        """Return the node ids of those who are to take part in round `number`: all, or as they were drawn."""
+        devices = self._spec.devices
+        if self._privacy.unit is not Unit.DEVICE:
+            return devices
+        cohort = load_cohort(self._run_dir, number)
+        if cohort is None:
+            cohort = draw_cohort(devices, self._privacy.sampling_rate, self._entropy)
+            save_cohort(self._run_dir, number, cohort)
+        return {name: devices[name] for name in cohort}
+
+    def _exchange(self, session: Exchange, attempt: Attempt) -> Decision:
         session.send(self._parameters, self._build_orders(attempt), lifetime_s=self._spec.deadline_s)
         pause_s = POLL_FIRST_S
         while True:
@@ -207,16 +242,22 @@ class Driver:
             self._words.pause(pause_s)
             pause_s = min(pause_s * POLL_GROWTH, POLL_MAX_S)
 
-    def _complete(self, attempt: "_Attempt") -> None:
-        self._parameters = attempt.move(self._parameters)
+    def _complete(self, attempt: Attempt) -> None:
+        step = attempt.compute_step(self._entropy)
+        step, self._moments = take_step(self._spec.optimizer, self._moments, step)
+        self._parameters = move(self._parameters, step)
+        self._privacy = attempt.adapt_clipping(self._entropy)
+        if self._moments.first.size:
+            save_moments(self._run_dir, attempt.number, self._moments)
         checkpoint = save_checkpoint(
             self._run_dir,
             self._spec.layout,
             self._parameters,
             number=attempt.number,
             accepted=tuple(sorted(attempt.spool.devices)),
-            missing=tuple(sorted(set(self._spec.devices) - attempt.spool.devices)),
+            missing=tuple(sorted(set(attempt.cohort) - attempt.spool.devices)),
             seconds=attempt.elapsed_s,
+            clipping_norm=self._privacy.clipping_norm if self._spec.clipping_quantile else None,
         )
         self._completed, self._is_permitted = attempt.number, False
         self._abandoned = self._sessions = 0
@@ -233,14 +274,16 @@ class Driver:
             )
         )
 
-    def _abandon(self, attempt: "_Attempt") -> None:
-        reason = f"{attempt.fold.count} of {len(self._spec.devices)} updates, the quorum is {self._spec.quorum}"
+    def _abandon(self, attempt: Attempt) -> None:
+        reason = f"{attempt.fold.count} of {len(attempt.cohort)} updates, the quorum is {attempt.quorum}"
+        if self._privacy.unit is Unit.DEVICE:
+            reason = _TOO_FEW_UPDATES
         self._emit(Abandoned(round=attempt.number, reason=reason))
         self._abandoned += 1
         if self._abandoned > RETRIES:
             raise RunError(f"round {attempt.number} was abandoned {self._abandoned} times: {reason}")
 
-    def _build_orders(self, attempt: "_Attempt") -> dict[int, bytes]:
+    def _build_orders(self, attempt: Attempt) -> dict[int, bytes]:
         """Return the envelopes of an attempt by node id; their sequences are used up, durably, before they are sent."""
         now_s = time.time()
         digest = build_digest(build_vector_bytes(self._parameters))
@@ -259,77 +302,13 @@ class Driver:
                     parameters_digest=digest,
                     run=self._spec.run,
                     round=attempt.number,
-                    privacy=self._spec.privacy,
+                    privacy=self._privacy,
                     training=self._spec.training,
                 ),
                 self._key,
             )
             for sequence, (node, device_id) in enumerate(attempt.waiting.items(), start=first)
         }
-
-
-class _Attempt:
-    """One try at a round: who was asked, and what counts so far, updates of earlier tries included."""
-
-    def __init__(self, spec: RunSpec, number: int, directory: Path) -> None:
-        self._spec, self.number = spec, number
-        self._started = time.monotonic()
-        self.spool = Spool(directory / "updates", spec.layout.size)
-        self.fold = MeanFold(spec.layout.size)
-        for update in self.spool.read():
-            self.fold.add(update)
-        self.waiting: dict[int, str] = {}
-
-    @property
-    def elapsed_s(self) -> float:
-        return time.monotonic() - self._started
-
-    def ask(self, online: dict[str, int]) -> None:
-        self.waiting = {node: name for name, node in online.items() if name not in self.spool.devices}
-
-    def take(self, reply: Reply) -> UpdateRefused | None:
-        """Count the reply, if it may count; return why it does not."""
-        device_id = self.waiting.pop(reply.node_id, None)
-        if device_id is None:
-            return None
-        if reply.update is None and not reply.failure:
-            _log.warning("round %d: %s went away", self.number, device_id)
-            return None
-        update: Vector | str = reply.failure
-        if reply.update is not None:
-            update = check_update(
-                reply.update,
-                size=self._spec.layout.size,
-                norm_limit=float(self._spec.update_norm_limit),
-                uplink=self._spec.training.uplink,
-            )
-        if isinstance(update, str):
-            return UpdateRefused(round=self.number, device=device_id, reason=update)
-        if self.spool.add(device_id, update):
-            self.fold.add(update)
-        return None
-
-    def move(self, parameters: Vector) -> Vector:
-        """Return `parameters` moved by what the run's rule makes of the accepted updates."""
-        if self._spec.aggregation.rule == "mean":
-            return self.fold.apply(parameters)
-        step = aggregate(
-            self.spool.read_columns,
-            count=len(self.spool.devices),
-            size=self._spec.layout.size,
-            aggregation=self._spec.aggregation,
-        )
-        step += parameters
-        return step.astype(np.float32)
-
-    def decide(self) -> Decision:
-        return decide_round(
-            accepted=self.fold.count,
-            waiting=len(self.waiting),
-            quorum=self._spec.quorum,
-            elapsed_s=self.elapsed_s,
-            deadline_s=self._spec.deadline_s,
-        )
 
 
 def _open_session(spec: RunSpec) -> Session:

@@ -3,7 +3,9 @@
 RUN_DIR/run.json
 RUN_DIR/rounds/0000/parameters.safetensors            where the run starts
 RUN_DIR/rounds/0001/parameters.safetensors            after round 1
+RUN_DIR/rounds/0001/moments.safetensors               of the server's optimiser
 RUN_DIR/rounds/0001/checkpoint.json                   written last: without it round 1 is not complete
+RUN_DIR/rounds/0002/cohort.json                       who was drawn for round 2, before anybody was asked
 RUN_DIR/rounds/0002/updates/DEVICE.f32                accepted in round 2, which is under way
 RUN_DIR/sequence                                      the last sequence that an order may have
 
@@ -22,17 +24,20 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fl_server.errors import RunError
+from fl_server.rounds.optimizers import FEDAVG, Moments, ServerOptimizer
 from fl_server.rounds.rule import MEAN, Aggregation
 from models.contract.encoding import build_digest, build_json, check_digest_text, parse_json
 from models.contract.errors import ContractError
 from models.contract.files import save_atomically
-from models.contract.privacy import PrivacyPlan, TrainingPlan
+from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
 from models.contract.topics import check_name
 from models.tensors.layout import Layout, Vector
 
 SPEC_NAME = "run.json"
 PARAMETERS_NAME = "parameters.safetensors"
 CHECKPOINT_NAME = "checkpoint.json"
+MOMENTS_NAME = "moments.safetensors"
+COHORT_NAME = "cohort.json"
 SEQUENCE_NAME = "sequence"
 SPEC_MAX_BYTES = 64 * 1024 * 1024  # written by the coordinator itself; about 60 bytes a device
 
@@ -42,9 +47,9 @@ class RunSpec:
     """What a run is asked to do. Paths are text, since JSON has no other.
 
     Attributes:
-        graph_digest: Of the train step graph, as devices have it.
+        graph_digest: Of the graph that says what is trained, as devices have it.
         devices: Flower node ids by device id.
-        quorum: Least updates that make a round; 1 to the number of devices.
+        quorum: Least updates that make a round; 1 to the number of devices. A smaller cohort that was drawn needs all.
         deadline_s: Of one round, from its first message to its last update; > 0.
         join_timeout_s: How long the run waits for its devices to come online; > 0.
         superlink: HOST:PORT of the SuperLink.
@@ -53,6 +58,9 @@ class RunSpec:
         order_key_path: Ed25519 private key that signs train orders, PEM.
         update_norm_limit: Largest L2 norm an update may have; > 0.
         aggregation: What makes one step of a round's updates; the quorum is at least what it needs.
+        optimizer: What moves the parameters by that step.
+        clipping_quantile: Share of updates that the clipping norm of unit `device` is to leave uncut, round by round
+            from the plan's on; (0, 1). None fixes it.
     """
 
     schema_version: Literal[1] = 1
@@ -73,6 +81,8 @@ class RunSpec:
     order_key_path: str
     update_norm_limit: Decimal
     aggregation: Aggregation = MEAN
+    optimizer: ServerOptimizer = FEDAVG
+    clipping_quantile: Decimal | None = None
 
     def __post_init__(self) -> None:
         check_name(self.fleet, "fleet")
@@ -88,6 +98,7 @@ class RunSpec:
         if not (self.update_norm_limit.is_finite() and self.update_norm_limit > 0):
             raise ValueError(f"update_norm_limit is {self.update_norm_limit}, must be finite and > 0")
         self.aggregation.check_fits(self.privacy.unit, devices=self.quorum)
+        check_quantile(self.clipping_quantile, self.privacy.unit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +108,8 @@ class Checkpoint:
     Attributes:
         parameters_digest: Of the round's parameters file.
         accepted: Devices whose updates are in the mean.
-        missing: Devices that were asked and did not answer, or whose update was refused.
+        missing: Devices that were to take part and did not answer, or whose update was refused.
+        clipping_norm: Of the next round; None where the plan's holds.
     """
 
     schema_version: Literal[1] = 1
@@ -106,6 +118,19 @@ class Checkpoint:
     accepted: tuple[str, ...]
     missing: tuple[str, ...]
     seconds: float
+    clipping_norm: Decimal | None = None
+
+
+def check_quantile(quantile: Decimal | None, unit: Unit) -> None:
+    """Raise ValueError unless clipping norms of `unit` can follow `quantile`."""
+    if quantile is None:
+        return
+    if unit is not Unit.DEVICE:
+        raise ValueError(
+            "a clipping quantile is of unit device: a sample's gradients have the norm that the plan fixes"
+        )
+    if not 0 < quantile < 1:
+        raise ValueError(f"clipping quantile is {quantile}, must be in (0, 1)")
 
 
 def create_run(run_dir: Path, spec: RunSpec, parameters: Vector) -> None:
@@ -170,6 +195,7 @@ def save_checkpoint(
     accepted: tuple[str, ...],
     missing: tuple[str, ...],
     seconds: float,
+    clipping_norm: Decimal | None = None,
 ) -> Checkpoint:
     """Make round `number` complete, durably; its parameters first, then the word that they count."""
     directory = build_round_dir(run_dir, number)
@@ -182,9 +208,49 @@ def save_checkpoint(
         accepted=accepted,
         missing=missing,
         seconds=seconds,
+        clipping_norm=clipping_norm,
     )
     save_atomically(directory / CHECKPOINT_NAME, build_json(checkpoint))
     return checkpoint
+
+
+def load_moments(run_dir: Path, number: int) -> Moments:
+    """Return the optimiser's moments after round `number`; raises RunError."""
+    path = build_round_dir(run_dir, number) / MOMENTS_NAME
+    try:
+        arrays = load(path.read_bytes())
+        return Moments(arrays["first"], arrays["second"])
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}") from error
+    except (SafetensorError, KeyError) as error:
+        raise RunError(f"{path}: {error}") from error
+
+
+def save_moments(run_dir: Path, number: int, moments: Moments) -> None:
+    """Keep the optimiser's moments after round `number`, durably; to be done before its checkpoint."""
+    directory = build_round_dir(run_dir, number)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_atomically(directory / MOMENTS_NAME, save({"first": moments.first, "second": moments.second}))
+
+
+def load_cohort(run_dir: Path, number: int) -> tuple[str, ...] | None:
+    """Return who was drawn for round `number`, or None before the draw; raises RunError."""
+    path = build_round_dir(run_dir, number) / COHORT_NAME
+    try:
+        return parse_json(path.read_bytes(), tuple[str, ...], max_bytes=SPEC_MAX_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}") from error
+    except ContractError as error:
+        raise RunError(f"{path}: {error}") from error
+
+
+def save_cohort(run_dir: Path, number: int, cohort: tuple[str, ...]) -> None:
+    """Fix who takes part in round `number`, durably: a draw that is repeated until it pleases is none."""
+    directory = build_round_dir(run_dir, number)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_atomically(directory / COHORT_NAME, build_json(cohort))
 
 
 def load_sequence(run_dir: Path) -> int:

@@ -1,7 +1,6 @@
 """`fl-server simulate`: checks, one run, and its `report.json` in the form of the demo's."""
 
 import json
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,11 @@ from typing import Any
 from fl_server.errors import UsageError
 from fl_server.jobs import TrainRequest
 from fl_server.packaging.export import export_architecture
-from fl_server.packaging.losses import build_target_spec
+from fl_server.plan import build_privacy
 from fl_server.simulation.data import check_plan, load_samples
-from fl_server.simulation.simulate import Engine, Result, Simulation, build_privacy
+from fl_server.simulation.simulate import Engine, Result, Simulation
 from models.definitions import ModelDefinition
+from models.definitions.losses import build_target_spec
 
 SEEDED = "follows from the seed: whoever knows it can take the noise off again, so this run is not private"
 UNSEEDED = "comes from the operating system's entropy, as on a real device"
@@ -22,6 +22,7 @@ def simulate(
     definition: ModelDefinition,
     request: TrainRequest,
     *,
+    reference: str,
     train_dir: Path,
     test_dir: Path,
     seed: int | None,
@@ -34,25 +35,22 @@ def simulate(
         UsageError: The plan cannot be met, or the data does not fit; said before anything is trained.
         ServerError: The definition cannot be trained, or the run failed.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of each order left out, which only raises the bound
     if report_path.is_dir() or not report_path.absolute().parent.is_dir():
         raise UsageError(f"--report is {report_path}, must be a file in a folder that exists")
     target = build_target_spec(definition)
     train, test = (load_samples(directory, definition, target) for directory in (train_dir, test_dir))
-    privacy = build_privacy(request)
-    try:
-        request.aggregation.check_fits(privacy.unit, devices=len(train))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    privacy = build_privacy(request, devices=len(train))
     check_plan(
         privacy,
         expected_batch=request.training.expected_batch,
         sizes=[len(samples.x) for samples in train.values()],
     )
+    if reference.rpartition(":")[0].endswith(".py"):
+        reference = str(Path(reference).resolve())  # processes that play devices may run elsewhere
     with tempfile.TemporaryDirectory(prefix="fl-simulate-") as scratch:
         _say(f"exporting {definition.name}; once, it takes some seconds")
         architecture = export_architecture(definition, Path(scratch, "architecture"))
-        simulation = Simulation(definition, architecture, Path(scratch), _say)
+        simulation = Simulation(definition, architecture, Path(scratch), _say, reference=reference)
         paths = {name: samples.path for name, samples in train.items()}
         result = simulation.run(request, paths, test, seed=seed, engine=engine)
     document = build_report(result, seed=seed)

@@ -4,6 +4,8 @@ definition --> step graph --> run directory --> Driver --> VirtualDevices --> pr
                                                   `--every round--> evaluated on the test files
 """
 
+import os
+import random
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +21,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from fl_server.claim import count_cohort
 from fl_server.errors import UsageError
 from fl_server.evaluation.evaluate import Evaluator
 from fl_server.evaluation.gate import GateRules, decide_promotion
@@ -26,8 +29,7 @@ from fl_server.evaluation.metrics import get_metric_name
 from fl_server.jobs import TrainRequest
 from fl_server.packaging.architecture import Architecture
 from fl_server.packaging.package import describe_file
-from fl_server.plan import compute_norm_limit
-from fl_server.privacy.calibration import build_privacy_plan
+from fl_server.plan import build_privacy, compute_norm_limit
 from fl_server.privacy.statement import build_statement
 from fl_server.rounds.driver import Driver, Exchange
 from fl_server.rounds.events import Event, RoundCompleted, UpdateRefused
@@ -36,18 +38,17 @@ from fl_server.simulation.data import Samples
 from fl_server.simulation.workers import VirtualDevices, measure_mb, play
 from models.contract.encoding import build_digest, build_json
 from models.contract.manifest import (
-    EVALUATE_NAME,
     INFERENCE_NAMES,
     MANIFEST_NAME,
-    TRAIN_STEP_NAME,
     ModelManifest,
     Quality,
     build_manifest,
 )
-from models.contract.privacy import PrivacyPlan
+from models.contract.privacy import PrivacyPlan, Unit
 from models.contract.simulation import SimulationJob
 from models.definitions import ModelDefinition
 from models.tensors.layout import Vector
+from models.tensors.noise import Keystream
 
 FLEET, RUN = "simulation", "simulation"
 _FOREVER_S = 1e6  # virtual devices are never late
@@ -99,7 +100,15 @@ class Result:
 class Simulation:
     """A definition, exported once, whose runs are simulated; a context for a folder of its own."""
 
-    def __init__(self, definition: ModelDefinition, architecture: Architecture, scratch_dir: Path, say: Say) -> None:
+    def __init__(
+        self,
+        definition: ModelDefinition,
+        architecture: Architecture,
+        scratch_dir: Path,
+        say: Say,
+        *,
+        reference: str | None = None,
+    ) -> None:
         """Prepare what virtual devices train with.
 
         Args:
@@ -107,7 +116,9 @@ class Simulation:
             architecture: Exported from it.
             scratch_dir: Is filled: graphs, and one run at a time.
             say: Takes a line a round.
+            reference: Where devices find the definition, if they train with the Opacus engine.
         """
+        self._reference = reference
         self._definition, self._architecture, self._scratch_dir, self._say = definition, architecture, scratch_dir, say
         self._graph_dir = scratch_dir / _GRAPH_DIR_NAME
         self._manifest = _write_version(architecture, self._graph_dir)
@@ -145,15 +156,19 @@ class Simulation:
         job = SimulationJob(
             fleet=FLEET,
             graph_dir=str(self._graph_dir),
+            definition=self._reference,
             coordinator_key=key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw),
             samples={name: str(path) for name, path in train.items()},
             seed=seed,
         )
         course = _Course(self._evaluator, metric_name, spec, test, run_dir, self._say)
         course.conclude(0)
+        entropy = os.urandom if seed is None else Keystream(random.Random(f"{seed} coordinator").randbytes)
 
         def drive(exchange: AbstractContextManager[Exchange]) -> None:
-            Driver(run_dir, words=_Unattended(), emit=course.take, open_exchange=lambda _spec: exchange).run()
+            Driver(
+                run_dir, words=_Unattended(), emit=course.take, open_exchange=lambda _spec: exchange, entropy=entropy
+            ).run()
 
         if engine == "ray":
             _run_on_ray(job, spec, self._scratch_dir, drive)
@@ -180,17 +195,17 @@ class Simulation:
 
     def _build_spec(self, request: TrainRequest, names: list[str], key_path: Path) -> RunSpec:
         training, layout = request.training, self._architecture.training.layout
-        privacy = build_privacy(request)
+        privacy = build_privacy(request, devices=len(names))
         return RunSpec(
             fleet=FLEET,
             model=request.model,
             run=RUN,
-            graph_digest=self._manifest.files[TRAIN_STEP_NAME].digest,
+            graph_digest=self._manifest.step_digest,
             layout=layout,
             privacy=privacy,
             training=training,
             devices={name: node for node, name in enumerate(names)},
-            quorum=len(names),
+            quorum=1 if privacy.unit is Unit.DEVICE else len(names),
             deadline_s=_FOREVER_S,
             join_timeout_s=_FOREVER_S,
             superlink="",
@@ -199,19 +214,9 @@ class Simulation:
             order_key_path=str(key_path),
             update_norm_limit=compute_norm_limit(privacy, training, layout.size),
             aggregation=request.aggregation,
+            optimizer=request.optimizer,
+            clipping_quantile=request.clipping_quantile,
         )
-
-
-def build_privacy(request: TrainRequest) -> PrivacyPlan:
-    """Return the plan whose noise keeps the budget of `request`; raises UsageError."""
-    return build_privacy_plan(
-        clipping_norm=request.clipping_norm,
-        sampling_rate=request.sampling_rate,
-        delta=request.delta,
-        epsilon=request.epsilon,
-        steps=request.training.steps,
-        rounds=request.training.rounds,
-    )
 
 
 def _run_on_ray(
@@ -291,7 +296,7 @@ class _Course:
             self._spec.privacy,
             steps=self._spec.training.steps,
             rounds_done=number,
-            cohort=len(self._spec.devices),
+            cohort=count_cohort(self._spec.privacy, len(self._spec.devices)),
         )
         self.rounds.append(
             Round(number=number, metric=float(value), epsilon=float(statement.epsilon), is_better=is_better)
@@ -313,11 +318,7 @@ class _Course:
 def _write_version(architecture: Architecture, directory: Path) -> ModelManifest:
     """Write to `directory` what a device needs to train, as a version in float32."""
     directory.mkdir()
-    sources = {
-        INFERENCE_NAMES["onnx"]: architecture.float_path,
-        TRAIN_STEP_NAME: architecture.train_step_path,
-        EVALUATE_NAME: architecture.evaluate_path,
-    }
+    sources = {INFERENCE_NAMES["onnx"]: architecture.float_path, **architecture.graph_paths}
     for name, path in sources.items():
         shutil.copyfile(path, directory / name)
     manifest = ModelManifest(

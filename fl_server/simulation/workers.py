@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -98,14 +99,7 @@ class VirtualDevices:
         count = min(len(os.sched_getaffinity(0)), len(self._names))
         for number in range(count):
             samples = {name: self._job.samples[name] for name in self._names[number::count]}
-            job = SimulationJob(
-                fleet=self._job.fleet,
-                graph_dir=self._job.graph_dir,
-                coordinator_key=self._job.coordinator_key,
-                samples=samples,
-                seed=self._job.seed,
-            )
-            worker = Worker(job, log_path=self._scratch_dir / f"worker-{number}.log")
+            worker = Worker(replace(self._job, samples=samples), log_path=self._scratch_dir / f"worker-{number}.log")
             self._closing.callback(worker.close)
             self._workers.append(worker)
         return self

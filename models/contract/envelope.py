@@ -94,7 +94,7 @@ class TrainOrder(Order):
     """Inside every Flower train message: exactly what may be trained, once.
 
     Attributes:
-        graph_digest: Of the train step graph the device must run.
+        graph_digest: Of the graph that says what the device must train.
         parameters_digest: Of the little-endian float32 bytes of the parameters in the message.
         round: Counts from 1 to `training.rounds`.
     """

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -26,6 +26,7 @@ FILE_MAX_BYTES = 1 << 30  # 1 GiB; bounds what a manifest can make a device fetc
 Runtime: TypeAlias = Literal["onnx", "tflite"]
 Precision: TypeAlias = Literal["float32", "int8"]
 Preference: TypeAlias = Literal["size", "speed"]
+Engine: TypeAlias = Literal["onnx", "opacus"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +73,8 @@ class TrainingContract:
         target: Name, shape and dtype of y; float32 or int64.
         metric: Name of the metric computed from the evaluation graph's predictions.
         input_dtype: Of x, where the inference graph takes another one; None where it is the same.
+        engine: What clips on the device: "onnx" runs the step graph; "opacus" runs the model's definition, which the
+            device must have, because its step has no graph.
     """
 
     layout: Layout
@@ -79,6 +82,7 @@ class TrainingContract:
     target: TensorSpec
     metric: str
     input_dtype: str | None = None
+    engine: Engine = "onnx"
 
     def __post_init__(self) -> None:
         if self.target.dtype not in ("float32", "int64"):
@@ -87,6 +91,16 @@ class TrainingContract:
             raise ValueError(f"input_dtype {self.input_dtype!r} is none of {', '.join(TRAINING_DTYPES)}")
         if not 1 <= self.batch <= 65536:
             raise ValueError(f"batch is {self.batch}, must be in 1..65536")
+
+    @property
+    def graph_names(self) -> tuple[str, ...]:
+        """File names of the graphs that a device trains and evaluates with."""
+        return GRAPH_NAMES if self.engine == "onnx" else (EVALUATE_NAME,)
+
+    @property
+    def step_name(self) -> str:
+        """File name of the graph that says what is trained; train orders name it by its digest."""
+        return self.graph_names[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +197,7 @@ class ModelManifest:
             raise ValueError(f"file {min(unknown)!r} is none of {', '.join(sorted(FILE_NAMES))}")
         needed = {INFERENCE_NAMES[self.runtime]}
         if self.training is not None:
-            needed |= {TRAIN_STEP_NAME, EVALUATE_NAME}
+            needed |= set(self.training.graph_names)
         if missing := needed - set(self.files):
             raise ValueError(f"file {min(missing)!r} is missing")
         self._check_weights()
@@ -202,6 +216,12 @@ class ModelManifest:
     def all_files(self) -> dict[str, FileEntry]:
         """By file name, `files` and the deltas."""
         return self.files | {delta.name: delta.file for delta in self.deltas}
+
+    @property
+    def step_digest(self) -> str:
+        """Of the graph that says what is trained, as train orders name it."""
+        assert self.training is not None
+        return self.files[self.training.step_name].digest
 
     @property
     def training_input(self) -> TensorSpec:
@@ -229,10 +249,12 @@ class ModelManifest:
 
 def build_manifest(manifest: ModelManifest) -> bytes:
     """Return the canonical bytes whose digest defines the version."""
-    document: dict[str, object] = msgspec.to_builtins(manifest)
-    for name in ("features", "deltas"):  # a version without them is the same bytes as before there were any
+    document: dict[str, Any] = msgspec.to_builtins(manifest)
+    for name in ("features", "deltas"):  # a version without what is newer is the same bytes as before
         if not document[name]:
             del document[name]
+    if manifest.training is not None and manifest.training.engine == "onnx":
+        del document["training"]["engine"]
     return build_canonical(document)
 
 

@@ -10,7 +10,7 @@ MESSAGE_MAX_BYTES = 16 * 1024
 
 
 class EventKind(StrEnum):
-    """What can happen on a device; update states are named as ThingsBoard's `fw_state`."""
+    """What can happen on a device; states of the champion's updates are named as ThingsBoard's `fw_state`."""
 
     DOWNLOADING = "DOWNLOADING"
     DOWNLOADED = "DOWNLOADED"
@@ -18,6 +18,9 @@ class EventKind(StrEnum):
     UPDATING = "UPDATING"
     UPDATED = "UPDATED"
     FAILED = "FAILED"
+    CHALLENGER_SET = "CHALLENGER_SET"
+    CHALLENGER_REFUSED = "CHALLENGER_REFUSED"
+    CHALLENGER_ENDED = "CHALLENGER_ENDED"
     TRAINING_STARTED = "TRAINING_STARTED"
     TRAINING_REFUSED = "TRAINING_REFUSED"
     TRAINING_ENDED = "TRAINING_ENDED"
@@ -37,6 +40,7 @@ class Status:
         digest: Of the active version's manifest.
         slot: Where the active version lies.
         trains: Whether this device can join a run.
+        challenger: Version that stands beside the active one, if any does.
     """
 
     schema_version: Literal[1] = 1
@@ -49,6 +53,7 @@ class Status:
     slot: Literal["a", "b"] | None = None
     update: Literal["idle", "fetching", "staged", "probation"] = "idle"
     trains: bool = False
+    challenger: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ The signatures inside are what is trusted; this envelope is not. It is bounded w
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal
 
 import zstandard
@@ -16,12 +17,15 @@ from models.contract.errors import MalformedError
 OFFER_MAX_BYTES = 256 * 1024  # decompressed; 50 targets and 5 root rotations take 25 kB compressed
 CHUNK_MAX_BYTES = 64 * 1024  # of an artifact, in one message
 ZSTD_LEVEL = 19
-_FILE_NAME = re.compile(r"([1-9][0-9]{0,8}\.)?[a-z][a-z-]{0,31}\.json")
+_FILE_NAME = re.compile(r"([1-9][0-9]{0,8}\.)?[A-Za-z0-9_.~%-]{1,64}\.json")  # a role's name, quoted as in a URL
 
 # Paths of TUF targets. Role "releases" is online; role "graphs" is offline and holds the clipping.
 ROLE_RELEASES = "releases"
 ROLE_GRAPHS = "graphs"
 COORDINATOR_KEY_TARGET = "keys/coordinator.pem"
+
+SIGNED_AT_FIELD = "signed_at"  # of the timestamp: devices take it for the least that the time can be
+_SIGNED_AT_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +43,19 @@ def build_graph_target(digest: str, name: str) -> str:
     """Return the target path of a graph that the offline role has signed."""
     check_digest_text(digest)
     return f"graphs/{digest}/{name}"
+
+
+def build_signed_at(now: datetime) -> str:
+    """Return what a timestamp that is signed at `now`, aware, says in `SIGNED_AT_FIELD`."""
+    return now.astimezone(UTC).strftime(_SIGNED_AT_FORMAT)
+
+
+def parse_signed_at(fields: Mapping[str, object]) -> datetime | None:
+    """Return when a timestamp with the further fields `fields` was signed, aware; None if it does not say."""
+    try:
+        return datetime.strptime(str(fields.get(SIGNED_AT_FIELD)), _SIGNED_AT_FORMAT).replace(tzinfo=UTC)
+    except ValueError:
+        return None
 
 
 def build_offer(metadata: Mapping[str, bytes]) -> bytes:

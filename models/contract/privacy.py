@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Literal, TypeAlias
 
 Uplink: TypeAlias = Literal["float32", "int8"]
+Participation: TypeAlias = Literal["hidden", "visible"]
 
 ADAM_DECAYS = (0.9, 0.999)  # of the means of gradients and of their squares, as the paper has them
 
@@ -23,11 +24,13 @@ class PrivacyPlan:
 
     Attributes:
         unit: What is protected.
-        clipping_norm: L2 bound C of one unit's contribution, in parameter units; > 0.
+        clipping_norm: L2 bound C of one unit's contribution, a sample's gradient or a device's update; > 0.
         noise_multiplier: z; the noise on a sum has standard deviation z * C; >= 0.
-        sampling_rate: q, with which each unit takes part in a step, independently; (0, 1].
+        sampling_rate: q, with which each unit takes part, independently: a sample in a step, a device in a round; (0, 1].
         delta: Chance that the bound fails; (0, 1).
         epsilon: What the whole run may spend at most; > 0.
+        participation: Whether anybody but the coordinator can see which devices a round of unit `device` has drawn:
+            only a draw that is hidden makes the rounds cost less.
     """
 
     unit: Unit
@@ -36,6 +39,7 @@ class PrivacyPlan:
     sampling_rate: Decimal
     delta: Decimal
     epsilon: Decimal
+    participation: Participation = "hidden"
 
     def __post_init__(self) -> None:
         _check_finite(self.clipping_norm, self.noise_multiplier, self.sampling_rate, self.delta, self.epsilon)
@@ -49,6 +53,23 @@ class PrivacyPlan:
             raise ValueError(f"delta is {self.delta}, must be in (0, 1)")
         if self.epsilon <= 0:
             raise ValueError(f"epsilon is {self.epsilon}, must be > 0")
+        if self.participation not in {"hidden", "visible"}:
+            raise ValueError(f"participation is {self.participation!r}, must be hidden or visible")
+        if self.participation == "visible" and self.unit is not Unit.DEVICE:
+            raise ValueError("participation can be visible for unit device only: which samples a step drew never is")
+
+    @property
+    def claimed_rate(self) -> Decimal:
+        """The q that may be claimed: 1 for draws that others see."""
+        return Decimal(1) if self.participation == "visible" else self.sampling_rate
+
+    def count_charged_steps(self, training: "TrainingPlan") -> int:
+        """Return the steps of `claimed_rate` that a device charges itself: those of a round, or of the whole run.
+
+        Of unit `device` the guarantee is over all planned rounds, those included that did not draw it: a device pays
+        for them once, when it first takes part.
+        """
+        return training.steps if self.unit is Unit.SAMPLE else training.rounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +78,9 @@ class TrainingPlan:
 
     Attributes:
         rounds: Rounds of the run; >= 1.
-        steps: DP-SGD steps a device makes in one round; >= 1.
-        expected_batch: Fixed denominator of a step's sum, in samples; > 0. A constant of the plan,
-            never the private number of samples.
+        steps: Steps a device makes in one round; >= 1.
+        expected_batch: Of unit `sample` the fixed denominator of a step's sum, in samples, a constant of the plan and
+            never the private number of samples; of unit `device` the samples that a step expects; > 0.
         learning_rate: Of the device's optimiser; > 0.
         momentum: Of the device's SGD, begun anew each round; [0, 1); 0 for Adam.
         optimizer: Of the device; its state begins anew each round.

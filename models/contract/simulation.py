@@ -16,7 +16,8 @@ class SimulationJob:
     """What one process plays. Paths are text, since JSON has no other.
 
     Attributes:
-        graph_dir: Folder with manifest.json and train_step.onnx of the version that is trained.
+        graph_dir: Folder with manifest.json and the training graphs of the version that is trained.
+        definition: `FILE.py:NAME` or `package.module:NAME` of the model's definition, for the Opacus engine.
         coordinator_key: Ed25519 public key that signs train orders, its 32 bytes.
         samples: The npz file of x and y that each device trains on, by device id.
         seed: All randomness follows from it; None draws from the operating system, as a real device does.
@@ -24,6 +25,7 @@ class SimulationJob:
 
     fleet: str
     graph_dir: str
+    definition: str | None = None
     coordinator_key: bytes  # base64 in JSON
     samples: dict[str, str]
     seed: int | None

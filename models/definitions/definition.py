@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from models.contract.manifest import Preference
 from models.contract.topics import check_name
@@ -60,6 +60,10 @@ class ModelDefinition:
         for spec in (*self.inputs, *self.outputs):
             if spec.dtype not in TRAINING_DTYPES:
                 raise ValueError(f"definition {self.name!r}: {spec.name!r} is {spec.dtype}, which cannot be trained on")
+        if not callable(self.loss) and self.loss not in get_args(Loss):
+            raise ValueError(
+                f"definition {self.name!r}: loss {self.loss!r} is none of {', '.join(get_args(Loss))}, nor a function"
+            )
         check_features(self.features, self.inputs)
         if self.logit_tolerance is not None and not self.logit_tolerance > 0:
             raise ValueError(

@@ -1,4 +1,6 @@
-"""Run every `bench_*.py` here, print what it measured, write it all as JSON.
+"""Run the `bench_*.py` here, print what they measured, write it all as JSON.
+
+Without names all run but `bench_accuracy` and `bench_uplink`, which train for minutes and compare no times.
 
 Each module has `run() -> dict[str, float]`; names end in their unit, ratios in `_ratio`.
 """
@@ -12,19 +14,21 @@ import sys
 import time
 from pathlib import Path
 
+BY_NAME_ONLY = {"bench_accuracy", "bench_uplink"}
+
 
 def main() -> int:
     """Return 0, or 1 if a benchmark broke."""
     names = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"which: {', '.join(names)}; all without")
+    parser.add_argument("names", nargs="*", help=f"which: {', '.join(names)}")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(names):
         parser.error(f"{min(unknown)!r} is none of {', '.join(names)}")
     figures: dict[str, dict[str, float]] = {}
     load = os.getloadavg()[0]
-    for name in arguments.names or names:
+    for name in arguments.names or sorted(set(names) - BY_NAME_ONLY):
         started = time.monotonic()
         figures[name] = importlib.import_module(f"tests.bench.{name}").run()
         print(f"\n{name} ({time.monotonic() - started:.0f} s)")

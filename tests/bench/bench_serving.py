@@ -20,14 +20,23 @@ import onnxruntime as ort
 from edge_agent.errors import StalledError
 from edge_agent.inference.model import load_version
 from tests.bench.load import Address, Load, measure
-from tests.bench.peers import prepare_peers, running_peer
-from tests.bench.servers import Server, build_binary_request, build_json_request, check_answers, running_agent
+from tests.bench.peers import UVICORN, prepare_peers, running_peer
+from tests.bench.servers import (
+    Server,
+    build_binary_request,
+    build_json_request,
+    check_answers,
+    running_agent,
+    running_bare,
+)
 from tests.bench.versions import REPOSITORY, BenchVersion, build_version, feeds
 
 TURNS = 5
-SECONDS = 1.2  # of one measurement under load
+PEER_TURNS = 3  # where one server is many times as fast as the other
+SECONDS = 1.0  # of one measurement under load
 CALLS_S = 0.5  # of calls in this process, half of them before it and half after
-CALLS_TURNS = 11
+SLICES = 61
+SLICE_S = 0.015  # a core changes its speed from one tenth of a second to the next
 CONNECTIONS = (1, 8, 64)
 LITERT_DIR = REPOSITORY / "tests" / "data" / "tflite-version"
 
@@ -40,6 +49,7 @@ def run() -> dict[str, float]:
     with running_all(digits) as (agent, peers):
         figures |= measure_json(digits, {"agent": agent, **peers})
         figures |= measure_binary(digits, agent)
+        figures |= measure_uvicorn(digits, agent) | measure_bare(digits)
     if peers:
         least = min(figures[f"{peer}_json_64_p99_us"] for peer in peers)
         figures["json_64_connections_p99_to_best_peer_ratio"] = figures["agent_json_64_p99_us"] / least
@@ -102,7 +112,7 @@ def measure_json(version: BenchVersion, servers: Mapping[str, Server]) -> dict[s
     figures: dict[str, float] = {}
     for count in CONNECTIONS:
         taken: dict[str, list[Load]] = {name: [] for name in servers}
-        for _ in range(TURNS):
+        for _ in range(PEER_TURNS):
             for name, server in servers.items():
                 taken[name].append(measure(server.tcp, request, connections=count, seconds=SECONDS))
         for name, loads in taken.items():
@@ -125,8 +135,39 @@ def measure_binary(version: BenchVersion, agent: Server) -> dict[str, float]:
         figures[f"binary_{count}_connections_to_raw_ratio"] = _compare_rates(loads, calls)
     loads, calls = _load_beside(lambda: model.infer(inputs), str(agent.uds), request, 1)
     figures |= _describe("agent_binary_uds_1", loads)
-    ratios = [load.p50_us / 1e6 / statistics.median(durations) for load, durations in zip(loads, calls, strict=True)]
-    return figures | {"uds_1_connection_p50_to_in_process_ratio": statistics.median(ratios)}
+    return figures | {"uds_1_connection_p50_to_in_process_ratio": _compare_p50(loads, calls)}
+
+
+def measure_bare(version: BenchVersion) -> dict[str, float]:
+    """Compare a server that only runs the graph, over the Unix socket, with calls in this process."""
+    request, model, inputs = build_binary_request(version), load_version(version.directory), feeds(version)
+    with tempfile.TemporaryDirectory() as directory, running_bare(version, Path(directory)) as bare:
+        check_answers(bare, version, request, open_raw(version).run(None, inputs)[0])
+        loads, calls = _load_beside(lambda: model.infer(inputs), str(bare.uds), request, 1)
+    return _describe("bare_uds_1", loads) | {
+        "bare_uds_1_connection_p50_to_in_process_ratio": _compare_p50(loads, calls)
+    }
+
+
+def measure_uvicorn(version: BenchVersion, agent: Server) -> dict[str, float]:
+    """Compare the agent with the least that uvicorn serves the same binary tensors with."""
+    request, figures = build_binary_request(version), dict[str, float]()
+    for name, peer in prepare_peers(UVICORN).items():
+        with tempfile.TemporaryDirectory() as directory, running_peer(peer, version, Path(directory)) as floor:
+            check_answers(floor, version, request, open_raw(version).run(None, feeds(version))[0])
+            for count in CONNECTIONS:
+                pairs = [
+                    [measure(each.tcp, request, connections=count, seconds=SECONDS) for each in (agent, floor)]
+                    for _ in range(PEER_TURNS)
+                ]
+                figures |= _describe(f"{name}_binary_{count}", [theirs for _, theirs in pairs])
+                rates: list[float] = [ours.rate / theirs.rate for ours, theirs in pairs]
+                delays: list[float] = [ours.p50_us / theirs.p50_us for ours, theirs in pairs]
+                figures[f"binary_{count}_connections_to_{name}_ratio"] = statistics.median(rates)
+                figures[f"binary_{count}_connections_p50_to_{name}_ratio"] = statistics.median(delays)
+            memory = agent.measure_resident_mb() / floor.measure_resident_mb()
+            figures[f"resident_mb_to_{name}_ratio"] = memory
+    return figures
 
 
 def measure_large(version: BenchVersion) -> dict[str, float]:
@@ -160,9 +201,9 @@ def time_calls(call: Call, seconds: float) -> list[float]:
 
 def _compare_calls(name: str, call: Call, raw_name: str, raw: Call) -> dict[str, float]:
     times, raw_times = [], []
-    for _ in range(CALLS_TURNS):
-        times.append(statistics.median(time_calls(call, CALLS_S / 5)))
-        raw_times.append(statistics.median(time_calls(raw, CALLS_S / 5)))
+    for _ in range(SLICES):
+        times.append(statistics.median(time_calls(call, SLICE_S)))
+        raw_times.append(statistics.median(time_calls(raw, SLICE_S)))
     ratios: list[Any] = [one / other for one, other in zip(times, raw_times, strict=True)]
     return {
         f"{name}_infer_us": statistics.median(times) * 1e6,
@@ -185,6 +226,12 @@ def _load_beside(
 
 def _compare_rates(loads: list[Load], calls: list[list[float]]) -> float:
     return statistics.median(load.rate * statistics.fmean(taken) for load, taken in zip(loads, calls, strict=True))
+
+
+def _compare_p50(loads: list[Load], calls: list[list[float]]) -> float:
+    return statistics.median(
+        load.p50_us / 1e6 / statistics.median(taken) for load, taken in zip(loads, calls, strict=True)
+    )
 
 
 def _describe(name: str, loads: list[Load]) -> dict[str, float]:

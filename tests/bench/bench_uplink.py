@@ -11,12 +11,13 @@ from functools import partial
 import numpy as np
 import torch
 
-from edge_agent.training.dp_sgd import StepGraph, local_training, open_step_graph
+from edge_agent.training.dp_sgd import local_training
+from edge_agent.training.step import Step, open_step
 from fl_server.demo.demo import DELTA, TRAINING
 from fl_server.plan import compute_norm_limit
 from fl_server.privacy.calibration import build_privacy_plan
-from fl_server.rounds.aggregation import MeanFold, check_update
-from models.contract.privacy import PrivacyPlan, TrainingPlan, Uplink
+from fl_server.rounds.aggregation import SumFold, check_update, move
+from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit, Uplink
 from models.definitions import digits
 from models.tensors.layout import Layout, Vector
 from models.tensors.uplink import encode_update
@@ -28,7 +29,7 @@ SEEDS, DEVICES, ROUNDS, EPSILON = 5, 8, 6, 8
 def run() -> dict[str, float]:
     version = build_version("digits")
     assert version.manifest.training is not None
-    step, layout = open_step_graph(version.directory, version.manifest), version.manifest.training.layout
+    step, layout = open_step(version.directory, version.manifest), version.manifest.training.layout
     ways: tuple[Uplink, ...] = ("float32", "int8")
     measured = {way: [learn(step, layout, way, seed) for seed in range(SEEDS)] for way in ways}
     accuracies = {way: statistics.mean(accuracy for accuracy, _ in runs) for way, runs in measured.items()}
@@ -42,14 +43,14 @@ def run() -> dict[str, float]:
     }
 
 
-def learn(step: StepGraph, layout: Layout, uplink: Uplink, seed: int) -> tuple[float, int]:
+def learn(step: Step, layout: Layout, uplink: Uplink, seed: int) -> tuple[float, int]:
     """Return the accuracy after all rounds, and the bytes that all updates took."""
     privacy, training = build_plans(uplink)
     limit = float(compute_norm_limit(privacy, training, step.size))
     splits, module, sent = digits.load_splits(DEVICES, seed), _build_module(seed), 0
     parameters = layout.flatten({name: value.detach().numpy() for name, value in module.named_parameters()})
     for number in range(ROUNDS):
-        fold = MeanFold(step.size)
+        fold = SumFold(step.size)
         for device, samples in enumerate(splits.devices):
             generator = np.random.default_rng((seed, number, device))
             update = local_training(
@@ -67,7 +68,7 @@ def learn(step: StepGraph, layout: Layout, uplink: Uplink, seed: int) -> tuple[f
             assert not isinstance(received, str), received
             fold.add(received)
             sent += len(data)
-        parameters = fold.apply(parameters)
+        parameters = move(parameters, fold.finish(fold.count))
     return _measure(module, layout, parameters, splits.test), sent
 
 
@@ -76,6 +77,7 @@ def build_plans(uplink: Uplink) -> tuple[PrivacyPlan, TrainingPlan]:
     steps = int(TRAINING["steps"])
     values = {name: Decimal(str(value)) for name, value in TRAINING.items()}
     privacy = build_privacy_plan(
+        unit=Unit.SAMPLE,
         clipping_norm=values["clipping-norm"],
         sampling_rate=values["sampling-rate"],
         delta=Decimal(str(DELTA)),

@@ -31,12 +31,13 @@ def read_peak_mb() -> float:
 
 def step_privately(directory: Path, x: np.ndarray, y: np.ndarray) -> None:
     """As a device does: the graph is verified and measured, the batch is drawn, the noise is the system's."""
-    from edge_agent.training.dp_sgd import local_training, open_step_graph
-    from edge_agent.training.noise import draw_gaussian, draw_poisson
+    from edge_agent.training.dp_sgd import local_training
+    from edge_agent.training.step import open_step
     from models.contract.manifest import MANIFEST_NAME, parse_manifest
     from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
+    from models.tensors.noise import draw_gaussian, draw_poisson
 
-    step = open_step_graph(directory, parse_manifest((directory / MANIFEST_NAME).read_bytes()))
+    step = open_step(directory, parse_manifest((directory / MANIFEST_NAME).read_bytes()))
     privacy = PrivacyPlan(
         unit=Unit.SAMPLE,
         clipping_norm=Decimal(1),

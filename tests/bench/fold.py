@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fl_server.rounds.aggregation import MeanFold, check_update
+from fl_server.rounds.aggregation import SumFold, check_update, move
 from fl_server.rounds.robust import aggregate
 from fl_server.rounds.rule import Aggregation
 from fl_server.rounds.spool import Spool
@@ -86,12 +86,12 @@ def run_keep(clock: Clock, count: int, size: int) -> None:
 def run_fold(clock: Clock, count: int, size: int) -> None:
     parameters = np.zeros(size, np.float32)
     with clock:
-        fold = MeanFold(size)
+        fold = SumFold(size)
     for data in arrive(count, size):
         with clock:
             fold.add(np.frombuffer(data, np.float32))
     with clock:
-        fold.apply(parameters)
+        move(parameters, fold.finish(count))
 
 
 def run_write(clock: Clock, count: int, size: int, directory: Path) -> None:
@@ -103,7 +103,7 @@ def run_write(clock: Clock, count: int, size: int, directory: Path) -> None:
 def run_receive(clock: Clock, count: int, size: int, directory: Path, uplink: Uplink) -> None:
     parameters = np.zeros(size, np.float32)
     with clock:
-        spool, fold = Spool(directory / "updates", size), MeanFold(size)
+        spool, fold = Spool(directory / "updates", size), SumFold(size)
     for number, data in enumerate(arrive(count, size, uplink)):
         with clock:
             update = check_update(data, size=size, norm_limit=1e9, uplink=uplink)
@@ -111,7 +111,7 @@ def run_receive(clock: Clock, count: int, size: int, directory: Path, uplink: Up
             spool.add(f"device-{number}", update)
             fold.add(update)
     with clock:
-        fold.apply(parameters)
+        move(parameters, fold.finish(count))
 
 
 def run_rule(clock: Clock, count: int, size: int, directory: Path, aggregation: Aggregation) -> None:

@@ -1,14 +1,14 @@
 """Other ways to serve the same graph, each in a virtual environment of its own below `build/peers`.
 
 MLServer as it comes (one worker process) and in process, and what one writes in ten lines of FastAPI. All run the
-same onnxruntime session with one thread, and take the same request.
+same onnxruntime session with one thread, and take the same request. The floor is what uvicorn can do at most.
 """
 
 import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,26 +32,29 @@ class Peer:
 
     Attributes:
         environment: Whose interpreter it runs with.
+        program: What uvicorn serves there; "" if it is not uvicorn.
         workers: Processes that MLServer gives the model; 0 runs it in its own.
     """
 
     environment: str
+    program: str = ""
     workers: int = 0
 
 
 PEERS = {
     "mlserver_default": Peer(environment="mlserver", workers=1),
     "mlserver_in_process": Peer(environment="mlserver"),
-    "fastapi": Peer(environment="fastapi"),
+    "fastapi": Peer(environment="fastapi", program="fastapi_program"),
 }
+UVICORN = {"uvicorn_floor": Peer(environment="fastapi", program="asgi_program")}  # binary tensors only
 
 
-def prepare_peers() -> dict[str, Peer]:
-    """Return the peers that are here; installs them the first time, and says which cannot be."""
+def prepare_peers(peers: Mapping[str, Peer] = PEERS) -> dict[str, Peer]:
+    """Return those of `peers` that are here; installs them the first time, and says which cannot be."""
     missing = {name: reason for name in _REQUIREMENTS if (reason := _prepare(name)) is not None}
     for name, reason in missing.items():
         print(f"without {name}, which could not be installed: {reason}", file=sys.stderr)
-    return {name: peer for name, peer in PEERS.items() if peer.environment not in missing}
+    return {name: peer for name, peer in peers.items() if peer.environment not in missing}
 
 
 @contextmanager
@@ -59,12 +62,12 @@ def running_peer(peer: Peer, version: BenchVersion, directory: Path) -> Iterator
     """Serve `version` from files in the folder `directory`, which must exist."""
     port = find_free_port()
     path = str(version.directory / version.manifest.inference_name)
-    if peer.environment == "mlserver":
+    if not peer.program:
         _write_settings(peer, version, directory, port)
         command = [str(_environment_dir("mlserver") / "bin" / "mlserver"), "start", str(directory)]
     else:
-        command = [str(_find_python("fastapi")), "-m", "uvicorn", "fastapi_program:app", "--port", str(port)]
-        command += ["--log-level", "warning"]
+        command = [str(_find_python(peer.environment)), "-m", "uvicorn", f"{peer.program}:app", "--port", str(port)]
+        command += ["--log-level", "warning", "--loop", "uvloop", "--http", "httptools", "--lifespan", "off"]
     environment = {"PYTHONPATH": str(_PROGRAMS_DIR), "GRAPH_PATH": path}
     with running_server(command, port=port, directory=directory, environment=environment) as server:
         yield server

@@ -60,6 +60,15 @@ def running_agent(version_dir: Path, directory: Path) -> Iterator[Server]:
 
 
 @contextmanager
+def running_bare(version: BenchVersion, directory: Path) -> Iterator[Server]:
+    """Serve a version with `bare.py`."""
+    port, uds, graph = find_free_port(), directory / "s", version.directory / version.manifest.inference_name
+    command = [sys.executable, "-m", "tests.bench.bare", str(graph), str(port), str(uds)]
+    with running_server(command, port=port, directory=directory, uds=uds) as server:
+        yield server
+
+
+@contextmanager
 def running_server(
     command: list[str],
     *,

@@ -1,10 +1,13 @@
 """A whole device against a real broker: killed, cut off, lied to, and told to train."""
 
+import asyncio
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import httpx
@@ -13,13 +16,19 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from models.contract.encoding import build_json
+from fl_server.directory import Directory
+from fl_server.rollout.publisher import Publisher, list_blobs
+from fl_server.rollout.repository import ReleaseRepository
+from models.contract.encoding import build_digest, build_json
 from models.contract.envelope import WakeCommand, build_envelope
 from models.contract.messages import Ack
+from models.contract.offer import build_offer
+from models.contract.terms import Role, Split
 from models.contract.topics import Channel, build_blob_topic, build_device_topic, build_offer_topic, build_run_topic
 from tests.simulators.agent import DEVICE, FLEET, MODEL, REPOSITORY, AgentProcess, install_version
 from tests.simulators.mosquitto import Mosquitto
 from tests.simulators.observer import Observer
+from tests.simulators.tiny_models import save_version
 from tests.simulators.waiting import wait_until
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
@@ -193,6 +202,70 @@ def test_events_come_again_after_a_kill_until_they_are_acknowledged(
             wait_connected(device)
             again.publish(build_device_topic(FLEET, DEVICE, Channel.ACK), build_json(Ack(ids=(event["id"],))))
             wait_until(lambda: device.status()["unsent_events"] == 0, "the event to be acknowledged")
+
+
+class Releases:
+    """A coordinator's repository, whose offers the observer publishes."""
+
+    def __init__(self, path: Path, observer: Observer) -> None:
+        self._repository = ReleaseRepository.create(Directory(path), now=datetime.now(UTC))
+        self._publisher = Publisher(fleet=FLEET, record_path=path / "published.json", publish=self._publish)
+        self._observer = observer
+        self.root = self._repository.load_root()
+
+    def release(self, versions: dict[Role, Path], split: Split | None = None) -> None:
+        manifests = {alias: (version / "manifest.json").read_bytes() for alias, version in versions.items()}
+        self._repository.set_release(MODEL, manifests, split=split, now=datetime.now(UTC))
+        pem = self._repository.build_coordinator_pem()
+        blobs: dict[str, Path | bytes] = {build_digest(pem): pem}
+        for version in versions.values():
+            blobs |= list_blobs(version)
+        asyncio.run(self._publisher.publish(build_offer(self._repository.load_metadata()), blobs))
+
+    async def _publish(self, topic: str, payload: bytes, *, retain: bool, content_type: str) -> None:
+        self._observer.publish(topic, payload, retain=retain)
+
+
+def ask_version(device: AgentProcess, **headers: str) -> str:
+    answer = httpx.post(device.url + INFER, json=GOOD, headers=headers)
+    assert answer.is_success, answer.text
+    return str(answer.json()["model_version"])
+
+
+def test_challenger_of_a_release_takes_its_share_survives_a_kill_is_promoted_and_yields_to_the_owners(
+    tmp_path: Path, broker: Mosquitto, observer: Observer
+) -> None:
+    versions = {number: tmp_path / f"v{number}" for number in (1, 2, 3)}
+    for number, directory in versions.items():
+        save_version(directory, version=number)
+    releases = Releases(tmp_path / "server", observer)
+    all_of_it = Split(weight=Decimal(1))
+    with AgentProcess(tmp_path / "device", broker_port=broker.port) as device:
+        (device.directory / "root.json").write_bytes(releases.root)
+        device.kill()
+        device.start()
+        releases.release({"champion": versions[1], "challenger": versions[2]}, all_of_it)
+        wait_event(observer, "CHALLENGER_SET", "with weight 1")
+        wait_until(lambda: observer.documents("status")[-1]["challenger"] == 2, "a status with the challenger")
+        assert ask_version(device) == "1"
+        assert ask_version(device, **{"Edge-Key": "somebody"}) == "2"
+        assert 'version="2"' in httpx.get(device.url + "/metrics").text
+
+        device.kill()
+        device.start()
+        wait_until(lambda: ask_version(device, **{"Edge-Key": "somebody"}) == "2", "the challenger to be back")
+        releases.release({"champion": versions[2]})
+        wait_event(observer, "CHALLENGER_ENDED", "names it no more")
+        assert ask_version(device) == "2"
+        assert observer.documents("status")[-1]["challenger"] is None
+
+        device.kill()
+        with device.config_path.open("a") as config:
+            config.write(f'[serving]\nchallenger = "{versions[1]}"\nweight = 1.0\n')
+        device.start()
+        releases.release({"champion": versions[2], "challenger": versions[3]}, all_of_it)
+        wait_event(observer, "CHALLENGER_REFUSED", "the owner's own, [serving] challenger, stays")
+        assert ask_version(device, **{"Edge-Key": "somebody"}) == "1"
 
 
 def edge_agent(device: AgentProcess, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

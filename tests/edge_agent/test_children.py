@@ -8,6 +8,34 @@ import pytest
 from edge_agent.children import DeadlineError, run_child
 from edge_agent.errors import StalledError
 
+COPIES = """
+import os, signal
+from edge_agent.children import Copy
+from edge_agent.errors import AgentError
+
+def explain():
+    print("one reason")
+    return 1
+
+def never_end():
+    while True:
+        pass
+
+print("begin")
+for work in (int, explain, lambda: os.kill(os.getpid(), signal.SIGSEGV), lambda: 1 // 0, never_end):
+    copy = Copy(work, deadline_s=2)
+    try:
+        copy.wait()
+        print("done")
+    except AgentError as error:
+        print(error)
+    finally:
+        copy.close()
+try:
+    os.wait()
+except ChildProcessError:
+    print("none left")
+"""
 BOUND = "from edge_agent.children import bound_this_process as bound\n"
 
 
@@ -61,3 +89,15 @@ def test_child_that_never_ends_is_ended(module, tmp_path: Path) -> None:
         run_child(name, deadline_s=2)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_how_a_copy_of_a_process_failed_is_said_and_none_is_left(module) -> None:
+    assert run_child(module(COPIES), deadline_s=30).decode().splitlines() == [
+        "begin",
+        "done",
+        "one reason",
+        "the process it was tried in was ended by SIGSEGV",
+        "the process it was tried in ended with exit code 1",
+        "not done within 2 s",
+        "none left",
+    ]

@@ -1,5 +1,6 @@
 """The owner reads in plain words what the ledger on disk says."""
 
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from edge_agent.training.budget import Limits, Spend
 from edge_agent.training.ledger import open_ledger
 from models.contract.encoding import build_json
 from models.contract.ledger import LedgerHead, Spent
+from models.contract.privacy import Unit
 from tests.simulators.step_graph import build_privacy
 
 
@@ -26,7 +28,9 @@ def settings(tmp_path: Path) -> AgentSettings:
     )
 
 
-def spend(settings: AgentSettings, model: str, run: str, round_number: int) -> Decimal:
+def spend(
+    settings: AgentSettings, model: str, run: str, round_number: int, *, unit: Unit = Unit.SAMPLE, steps: int = 2
+) -> Decimal:
     limits = Limits(
         epsilon=Decimal(1000),
         total_epsilon=Decimal(1000),
@@ -38,8 +42,8 @@ def spend(settings: AgentSettings, model: str, run: str, round_number: int) -> D
         model=model,
         run=run,
         round=round_number,
-        privacy=build_privacy(epsilon=Decimal(1000)),
-        steps=2,
+        privacy=build_privacy(epsilon=Decimal(1000), unit=unit),
+        steps=steps,
     )
     with open_ledger(settings.training_dir / "ledger.jsonl") as ledger:
         ledger.restore(LedgerHead(), settings.privacy.delta, at=1)
@@ -64,6 +68,19 @@ def test_report_adds_up_by_model_over_all_runs(settings: AgentSettings) -> None:
     assert [line.run for line in report.last] == ["run-1"] * 3 + ["run-2"]
     assert "loses more than k times as much" in text
     assert "below 0.5 are refused" in text
+
+
+def test_run_of_the_device_unit_is_told_as_paid_once_to_an_owner_who_trusts_the_coordinator(
+    settings: AgentSettings,
+) -> None:
+    assert "trust the coordinator" not in build_privacy_text(load_privacy_report(settings))
+    for number in (3, 4):
+        spend(settings, "m", "run-1", number, unit=Unit.DEVICE, steps=20)
+    trusting = replace(settings, privacy=replace(settings.privacy, trust_coordinator=True))
+    text = build_privacy_text(load_privacy_report(trusting))
+    assert "round 3 of run run-1: unit device, all 20 rounds of the run, sampling rate 0.1" in text
+    assert "round 4 of run run-1: unit device, already paid" in text
+    assert "You trust the coordinator" in text
 
 
 def test_line_that_is_being_written_is_not_read(settings: AgentSettings) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.simulators.hostile_models import build_greedy
 from tests.simulators.tiny_models import save_version
 from tests.simulators.waiting import wait_until
 
@@ -96,6 +97,7 @@ def test_weighted_challenger_answers_its_share_and_a_key_keeps_its_side(tmp_path
 def test_what_cannot_be_served_is_one_line_and_exit_2(tmp_path: Path) -> None:
     save_version(tmp_path / "v")
     save_version(tmp_path / "altered")
+    save_version(tmp_path / "greedy", graph=build_greedy())
     with (tmp_path / "altered" / "inference.onnx").open("ab") as graph:
         graph.write(b"\0")
     taken = socket.create_server(("127.0.0.1", 0))
@@ -103,6 +105,8 @@ def test_what_cannot_be_served_is_one_line_and_exit_2(tmp_path: Path) -> None:
     for arguments, said in (
         ([str(tmp_path / "none")], "none"),
         ([str(tmp_path / "altered")], "inference.onnx"),
+        ([str(tmp_path / "greedy")], "greedy"),
+        ([str(tmp_path / "v"), "--challenger", str(tmp_path / "greedy")], "greedy"),
         ([str(tmp_path / "v"), "--http", f"127.0.0.1:{port}"], str(port)),
         ([str(tmp_path / "v"), "--grpc", f"127.0.0.1:{port}"], str(port)),
         ([str(tmp_path / "v"), "--grpc", f"0.0.0.0:{port}"], "not the loopback"),

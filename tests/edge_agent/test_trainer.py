@@ -16,6 +16,7 @@ from fl_server.rounds.flower import Session
 from fl_server.rounds.run import RunSpec, create_run, load_parameters
 from models.contract.ledger import LedgerHead, Spent
 from models.contract.manifest import MANIFEST_NAME, TRAIN_STEP_NAME
+from tests.simulators.linear import save_opacus_version
 from tests.simulators.samples import open_device_samples
 from tests.simulators.step_graph import FAULTS, build_privacy, build_step_graph, build_training, save_step_version
 from tests.simulators.superlink import running_fleet, wait_until
@@ -79,6 +80,26 @@ def test_what_cannot_be_trusted_ends_it_with_one_line_before_it_joins(tmp_path, 
         fault, "anifest" if "manifest" in fault else TRAIN_STEP_NAME
     )
     assert_one_line(start_trainer(), build_job(job), reason)
+
+
+@pytest.mark.parametrize(
+    ("definition", "reason"),
+    [
+        (None, "trains with the Opacus engine, which needs its definition on this device"),
+        ("tests.simulators.linear:doubled_3", "does not compute what evaluate.onnx of version 1 of 'linear' does"),
+    ],
+)
+def test_device_without_the_definition_says_so_and_does_not_join(tmp_path, definition, reason):
+    manifest = save_opacus_version(tmp_path / "version")
+    key_pem = Orders(graph_digest=manifest.step_digest).key_pem
+    trainer = start_trainer()
+    job = build_training_job(tmp_path, coordinator_key_pem=key_pem, definition=definition)
+    out, error = trainer.communicate(build_job(job), timeout=60)
+    assert (trainer.returncode, error) == (0, b"")
+    (event,) = [parse_event(line) for line in out.splitlines()]
+    assert event.event == "refused"
+    assert reason in event.message
+    assert not (tmp_path / "training").exists()
 
 
 def read_nice(pid):

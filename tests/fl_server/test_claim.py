@@ -3,9 +3,12 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.pld import PLDAccountant
 
 from edge_agent.training.accountant import Phase, compute_epsilon
-from fl_server.claim import build_claim
+from fl_server.claim import build_claim, check_unit, count_cohort
+from fl_server.errors import UsageError
 from fl_server.rounds.run import create_run, save_checkpoint
 from models.contract.manifest import INFERENCE_NAMES, FileEntry, Lineage, ModelManifest
 from models.contract.privacy import PrivacyStatement, Unit
@@ -88,3 +91,30 @@ def test_epsilon_of_a_base_made_elsewhere_is_added(runs_dir):
     claim = build_claim(runs_dir, SPEC, 2, base)
     assert claim.epsilon == build_claim(runs_dir, SPEC, 2, BASE).epsilon + 3
     assert claim.delta == Decimal("0.002")
+
+
+def test_claim_of_the_device_unit_counts_the_rounds_of_all_runs_at_the_rate_that_may_be_claimed(tmp_path):
+    privacy = replace(SPEC.privacy, unit=Unit.DEVICE)
+    runs = {
+        "run-1": replace(SPEC, run="run-1", privacy=replace(privacy, participation="visible")),
+        "run-2": replace(SPEC, privacy=privacy),
+    }
+    for name, spec in runs.items():
+        create_run(tmp_path / name, spec, np.zeros(2, np.float32))
+    claim = build_claim(tmp_path, runs["run-2"], 3, BASE)
+    accountant = PLDAccountant()
+    accountant.compose(GaussianDpEvent(1.5))  # the round in which run-1 ended, whose participants others saw
+    accountant.compose(SelfComposedDpEvent(PoissonSampledDpEvent(0.1, GaussianDpEvent(1.5)), 3))
+    assert float(claim.epsilon) == pytest.approx(accountant.get_epsilon(0.001), rel=0.01)
+
+
+def test_model_is_not_trained_under_two_units(runs_dir):
+    check_unit(runs_dir, "digits", Unit.SAMPLE)
+    check_unit(runs_dir, "faces", Unit.DEVICE)
+    with pytest.raises(UsageError, match="run run-2 trained digits under the privacy unit sample"):
+        check_unit(runs_dir, "digits", Unit.DEVICE)
+
+
+def test_cohort_that_is_claimed_is_the_expected_one():
+    assert count_cohort(SPEC.privacy, 40) == 40
+    assert count_cohort(replace(SPEC.privacy, unit=Unit.DEVICE), 40) == 4

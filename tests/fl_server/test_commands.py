@@ -8,7 +8,7 @@ from fl_server.registry.registry import Registry
 from models.contract.manifest import parse_manifest
 from tests.simulators.federation import DEFINITION, Federation, run_command
 
-COMMANDS = ["init", "run", "enroll", "revoke", "devices", "package", "release", "train"]
+COMMANDS = ["init", "run", "enroll", "revoke", "devices", "package", "release", "rollback", "train"]
 
 
 @pytest.fixture
@@ -54,6 +54,19 @@ def test_refusals_are_one_line(federation, tmp_path):
     assert_refused(federation.command("enroll", "device-1", "--out", out + "2"), 1, "enrolled already")
     assert_refused(federation.command("enroll", "device-2", "--out", out), 2, "not an empty folder")
     assert_refused(federation.command("release", str(tmp_path)), 2, "manifest.json")
+    v1 = str(federation.directory / "v1")
+    for arguments, code, said in (
+        ((v1, "--weight", "0.1"), 2, "add --challenger"),
+        ((v1, "--challenger", "--weight", "1.5"), 2, "weight is 1.5, must be in 0..1"),
+        ((v1, "--challenger", "--weight", "0.1", "--shadow"), 2, "not both"),
+        (("--promote", "sides", "--challenger"), 2, "about a VERSION_DIR"),
+        (("--promote", "sides"), 1, "sides has no challenger"),
+        (("--withdraw", "sides"), 1, "sides has no challenger"),
+    ):
+        assert_refused(federation.command("release", *arguments), code, said)
+    assert_refused(federation.command("rollback", "sides"), 1, "sides has no previous; one is there once")
+    assert federation.command("release", v1, "--promote", "sides").returncode == 2
+    assert federation.command("release").returncode == 2
     assert_refused(federation.command("train", "heart"), 2, "models.heart")
     assert_refused(federation.command("train", "sides", "--epsilon", "0"), 2, "epsilon")
     assert_refused(federation.command("train", "sides", "--rounds", "0"), 2, "rounds")

@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import time
@@ -20,7 +21,7 @@ from fl_server.rounds.flower import list_nodes
 from models.contract.encoding import build_json
 from models.contract.envelope import RunNotice, WakeCommand, open_envelope
 from models.contract.ledger import LedgerHead, Spent
-from models.contract.manifest import parse_manifest
+from models.contract.manifest import build_manifest, parse_manifest
 from models.contract.messages import Event, EventKind, Status
 from models.contract.offer import parse_offer
 from tests.simulators.federation import FLEET, MODEL, Federation
@@ -119,6 +120,50 @@ def test_released_version_is_offered_and_offered_again_after_the_broker_lost_it(
     assert [read_retained(broker, topic) for topic in topics] == before
 
 
+def write_second_version(federation: Federation) -> str:
+    """Return the folder of the first version under the next number."""
+    shutil.copytree(federation.directory / "v1", directory := federation.directory / "v2")
+    manifest = parse_manifest((directory / "manifest.json").read_bytes())
+    (directory / "manifest.json").write_bytes(build_manifest(dataclasses.replace(manifest, version=2)))
+    return str(directory)
+
+
+def read_roles(broker: Mosquitto) -> dict[str, dict]:
+    """Return the terms of what the retained offer signs, by role."""
+    files = parse_offer(read_retained(broker, f"fl/v1/{FLEET}/offer"))
+    [releases] = [json.loads(data) for name, data in files.items() if name.endswith(".releases.json")]
+    terms = [target["custom"] for target in releases["signed"]["targets"].values() if "custom" in target]
+    return {each["role"]: each for each in terms}
+
+
+def test_challenger_is_offered_with_its_split_and_promoted_rolled_back_or_withdrawn(federation, broker):
+    federation.start()
+    second = write_second_version(federation)
+    challenge = ("release", second, "--challenger", "--weight", "0.10")
+    done = federation.command(*challenge)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "sides has no champion" in done.stderr
+    assert federation.command("release", str(federation.directory / "v1")).returncode == 0
+    done = federation.command(*challenge)
+    assert done.stdout == "sides version 2 is the challenger, with weight 0.10; the fleet is told\n", done.stderr
+    assert read_roles(broker)["challenger"]["split"] == {"weight": "0.10", "shadow": False}
+    assert read_roles(broker)["champion"]["version"] == 1
+    done = federation.command("release", "--promote", "sides")
+    assert done.stdout == "sides version 2 is the champion; the fleet is told\n", done.stderr
+    roles = read_roles(broker)
+    assert {role: terms["version"] for role, terms in roles.items()} == {"champion": 2, "previous": 1}
+    done = federation.command(*challenge)
+    assert "version 2 cannot challenge version 2: it is the champion itself" in done.stderr
+    done = federation.command("rollback", "sides")
+    assert done.stdout == "sides version 1 is the champion; the fleet is told\n", done.stderr
+    roles = read_roles(broker)
+    assert {role: terms["version"] for role, terms in roles.items()} == {"champion": 1, "previous": 2}
+    assert federation.command("release", second, "--challenger", "--shadow").returncode == 0
+    assert read_roles(broker)["challenger"]["split"]["shadow"] is True
+    assert federation.command("release", "--withdraw", "sides").stdout.startswith("sides version 2 is no challenger")
+    assert "challenger" not in read_roles(broker)
+
+
 def test_events_are_acknowledged_each_time_and_kept_once_amid_junk_and_strangers(federation, broker):
     federation.start()
     federation.wait_for_log("connected to the broker")
@@ -215,6 +260,31 @@ def test_run_trains_in_rounds_and_releases_what_is_better(federation, broker):
     assert copies == [dataclasses.replace(said, spent=(other, both_rounds)), LedgerHead(spent=(both_rounds,))]
     # The same records may be in both runs, and who sees updates saw those of the round that released nothing.
     assert float(result["epsilon"]) + 0.5 < float(json.loads(second.stdout)["epsilon"]) <= float(result["epsilon"]) + 4
+
+
+def test_run_of_the_device_unit_releases_its_statement_and_charges_each_device_once(federation):
+    federation.start()
+    devices = [federation.add_device(f"device-{number}", fraction=0.7) for number in (1, 2)]
+    assert federation.command("release", str(federation.directory / "v1")).returncode == 0
+    # At a rate of 1 all are drawn; the teachers' updates are 3.96 long, and then shorter.
+    plan = ("--unit", "device", "--sampling-rate", "1", "--clipping-norm", "4", "--epsilon", "50", "--delta", "0.4")
+    done = federation.command("train", MODEL, "--rounds", "2", *plan, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [outcome["accepted"] for outcome in result["rounds"]] == [["device-1", "device-2"]] * 2
+    with Registry(federation.directory / "registry") as registry:
+        statement = registry.get_model_version_by_alias(MODEL, "champion").load_manifest().privacy
+    assert (statement.unit, statement.expected_cohort) == ("device", 2)
+    assert "PLD" in statement.accountant
+    assert "nobody but the coordinator sees which devices took part" in statement.trust_model
+    assert str(statement.epsilon) in {outcome["epsilon"] for outcome in result["rounds"]}
+    refused = federation.command("train", MODEL, "--rounds", "1")
+    assert refused.returncode == 1
+    assert "under the privacy unit device" in refused.stderr
+    with Roster(federation.directory / "coordinator.db") as roster:
+        for device in devices:
+            [spent] = roster.get_ledger(device.device_id).spent
+            assert (spent.sampling_rate, spent.steps) == (1, 2)
 
 
 def test_run_goes_on_after_a_kill_of_the_coordinator_and_no_round_is_released_twice(federation):

@@ -4,8 +4,9 @@ from decimal import Decimal
 import pytest
 
 from fl_server.errors import ServerError
-from fl_server.jobs import Jobs, JobState, ReleaseRequest, TrainRequest
+from fl_server.jobs import Jobs, JobState, PromoteRequest, ReleaseRequest, TrainRequest, WithdrawRequest
 from models.contract.privacy import TrainingPlan
+from models.contract.terms import Split
 
 TRAIN = TrainRequest(
     model="digits",
@@ -27,6 +28,10 @@ def jobs(tmp_path):
 def test_request_comes_back_as_it_was_asked(jobs):
     assert jobs.get(jobs.add(TRAIN)).request == TRAIN
     assert jobs.get(jobs.add(RELEASE)).request == RELEASE
+    challenger = ReleaseRequest(version_dir="/v2", split=Split(weight=Decimal("0.1")))
+    assert jobs.get(jobs.add(challenger)).request == challenger
+    for request in (PromoteRequest(model="digits", version=2), WithdrawRequest(model="digits", version=2)):
+        assert jobs.get(jobs.add(request)).request == request
 
 
 def test_jobs_are_done_in_order_and_an_interrupted_one_goes_on_first(jobs):

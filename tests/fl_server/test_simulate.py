@@ -1,8 +1,10 @@
 """Whole simulated runs: the real round driver, and processes of the device's own code."""
 
+import dataclasses
 import json
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,10 @@ from fl_server.errors import RunError
 from fl_server.jobs import TrainRequest
 from fl_server.packaging.definitions import load_definition
 from fl_server.packaging.export import export_architecture
-from fl_server.packaging.losses import build_target_spec
 from fl_server.simulation.data import load_samples
 from fl_server.simulation.simulate import Engine, Simulation
-from models.contract.privacy import TrainingPlan
+from models.contract.privacy import TrainingPlan, Unit
+from models.definitions.losses import build_target_spec
 from tests.simulators.federation import DEFINITION
 
 DEVICES, ROWS, ROUNDS = 3, 60, 2
@@ -45,8 +47,8 @@ def save_device(path: Path, generator: np.random.Generator, rows: int, **changes
     np.savez(path, **{"x": x, "y": (x[:, 0] > 0).astype(np.int64), **changes})
 
 
-def ask(*, rounds: int = ROUNDS) -> TrainRequest:
-    return TrainRequest(
+def ask(*, rounds: int = ROUNDS, **changes: Any) -> TrainRequest:
+    request = TrainRequest(
         model="sides",
         epsilon=Decimal(8),
         delta=Decimal("0.001"),
@@ -54,14 +56,14 @@ def ask(*, rounds: int = ROUNDS) -> TrainRequest:
         clipping_norm=Decimal(1),
         training=TrainingPlan(rounds=rounds, steps=5, expected_batch=Decimal(15), learning_rate=Decimal(1)),
     )
+    return dataclasses.replace(request, **changes)
 
 
-def run_once(simulation: Simulation, place: Path, *, seed: int | None, engine: Engine = "inline"):
+def run_once(simulation: Simulation, place: Path, *, seed: int | None, engine: Engine = "inline", **changes: Any):
     definition = load_definition(f"{place / 'sides.py'}:definition")
     train, test = (load_samples(place / part, definition, build_target_spec(definition)) for part in ("train", "test"))
-    return simulation.run(
-        ask(), {name: samples.path for name, samples in train.items()}, test, seed=seed, engine=engine
-    )
+    paths = {name: samples.path for name, samples in train.items()}
+    return simulation.run(ask(**changes), paths, test, seed=seed, engine=engine)
 
 
 def command(place: Path, report: Path, **options: object) -> list[str]:
@@ -89,6 +91,17 @@ def test_a_seed_repeats_a_run_to_the_last_bit_with_any_number_of_processes_and_n
         digests.append(run_once(simulation, place, seed=seed).parameters_digest)
     assert digests[0] == digests[1]
     assert len(set(digests)) == 4
+
+
+def test_a_seed_repeats_cohorts_and_noise_of_the_device_unit_to_the_last_bit(
+    simulation: Simulation, place: Path
+) -> None:
+    asked = {"unit": Unit.DEVICE, "sampling_rate": Decimal("0.7"), "epsilon": Decimal(50), "rounds": 4}
+    results = [run_once(simulation, place, seed=seed, **asked) for seed in (7, 7, 8)]
+    digests = [result.parameters_digest for result in results]
+    assert digests[0] == digests[1] != digests[2]
+    spent = [done.epsilon for done in results[0].rounds]
+    assert 0 == spent[0] < spent[1] < spent[-1] <= 50
 
 
 def test_flowers_engine_runs_the_same_rounds_to_the_last_bit(simulation: Simulation, place: Path) -> None:
@@ -138,6 +151,40 @@ def test_the_report_has_the_form_of_the_demo_and_says_that_seeded_noise_is_not_p
     assert f"round {ROUNDS}/{ROUNDS}: {DEVICES} of {DEVICES} devices" in output
 
 
+UNEXPORTABLE = """\
+from torch import nn
+from models.definitions import ModelDefinition, TensorSpec
+
+definition = ModelDefinition(
+    name="sides",
+    build=lambda: nn.Sequential(
+        nn.Linear(4, 4),
+        nn.Unflatten(1, (1, 2, 2)),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Flatten(),
+        nn.Linear(16, 2),
+    ),
+    inputs=(TensorSpec("point", ("batch", 4), "float32"),),
+    outputs=(TensorSpec("logits", ("batch", 2), "float32"),),
+    loss="cross_entropy",
+    metric="accuracy",
+    labels=("left", "right"),
+    batch=8,
+)
+"""
+
+
+def test_a_model_whose_step_does_not_export_trains_with_opacus(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, report = tmp_path / "sides.py", tmp_path / "report.json"
+    path.write_text(UNEXPORTABLE)
+    assert main(["simulate", f"{path}:definition", *command(place, report, seed=3)[2:]]) == 0
+    assert "devices train it with the Opacus engine: each needs edge-fl[opacus], and this definition" in caplog.text
+    versions = json.loads(report.read_text())["versions"]
+    assert versions[-1]["metric"] > max(versions[0]["metric"], 0.8)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -145,6 +192,14 @@ def test_the_report_has_the_form_of_the_demo_and_says_that_seeded_noise_is_not_p
         ({"epsilon": 0.001, "delta": 1e-9}, "cannot be kept"),
         ({"expected-batch": 61}, "--expected-batch is 61, larger than the data"),
         ({"rounds": 0}, "rounds 0"),
+        ({"unit": "device", "delta": 0.5}, "--delta is 0.5, above 1/3, one by the number of devices"),
+        ({"unit": "device", "aggregation": "median", "byzantine": 1}, "cannot be combined with the device unit"),
+        ({"unit": "device", "clipping-quantile": 0.5}, "adaptive clipping needs an expected cohort above"),
+        ({"unit": "device", "clipping-quantile": 1}, "clipping quantile is 1, must be in (0, 1)"),
+        ({"unit": "device", "epsilon": 0.001, "delta": 1e-9}, "cannot be kept"),
+        ({"clipping-quantile": 0.5}, "a clipping quantile is of unit device"),
+        ({"participation": "visible"}, "participation can be visible for unit device only"),
+        ({"server-momentum": 0.5}, "use fedavgm"),
     ],
 )
 def test_a_plan_that_cannot_be_met_is_refused_in_words(

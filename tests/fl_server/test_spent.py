@@ -61,9 +61,24 @@ def test_device_that_says_itself_what_it_spent_is_not_charged_twice(roster: Rost
     assert roster.get_ledger("device-1").spent == (both,)
 
 
-def test_noise_that_the_coordinator_adds_costs_the_devices_ledger_nothing(roster: Roster) -> None:
-    keep_spent(roster, replace(SPEC, privacy=replace(SPEC.privacy, unit=Unit.DEVICE)), 1, ("device-1",))
-    assert roster.get_ledger("device-1") == LedgerHead()
+def test_run_of_the_device_unit_is_paid_as_a_whole_with_the_first_round_that_a_device_is_in(
+    tmp_path: Path, roster: Roster
+) -> None:
+    spec = replace(SPEC, privacy=replace(SPEC.privacy, unit=Unit.DEVICE))
+    whole = replace(ROUND, steps=spec.training.rounds)
+    add_run(tmp_path / "runs", spec, completed=2, spooled="device-2")
+    recover_spent(roster, tmp_path / "runs")
+    keep_spent(roster, spec, 2, ("device-1",))
+    assert roster.get_ledger("device-1").spent == (whole,)
+    said = LedgerHead(entries=1, digest="b" * 64, spent=(whole,))
+    roster.save_ledger("device-2", said, run=spec.run, round_number=3)  # its own word comes late, and earlier
+    roster.save_ledger("device-3", LedgerHead(), run=spec.run, round_number=0)
+    roster.save_ledger("device-3", said, run=spec.run, round_number=3)
+    keep_spent(roster, spec, 3, ("device-2", "device-3"))
+    assert roster.get_ledger("device-2").spent == roster.get_ledger("device-3").spent == (whole,)
+    seen = replace(spec, run="run-2", privacy=replace(spec.privacy, participation="visible"))
+    keep_spent(roster, seen, 1, ("device-1",))
+    assert roster.get_ledger("device-1").spent == (whole, replace(whole, sampling_rate=Decimal(1)))
 
 
 def test_device_that_reports_more_kinds_than_a_copy_holds_keeps_the_copy_it_had(

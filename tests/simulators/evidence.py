@@ -17,8 +17,9 @@ from scipy import stats
 from torch import nn
 
 from edge_agent import trainer
-from edge_agent.training.dp_sgd import StepGraph
+from edge_agent.training.onnx_engine import OnnxEngine
 from edge_agent.training.session import TrainingSession
+from edge_agent.training.step import Step
 from edge_agent.training.updates import UpdateStore
 from fl_server.packaging.export import export_architecture
 from models.contract.encoding import build_digest
@@ -26,7 +27,8 @@ from models.contract.ledger import LedgerHead
 from models.contract.manifest import TRAIN_STEP_NAME, FileEntry
 from models.definitions import ModelDefinition, TensorSpec
 from models.tensors.uplink import decode_update
-from tests.simulators.step_graph import build_privacy, build_step_graph, build_step_manifest, build_training
+from tests.simulators.linear import open_opacus_step
+from tests.simulators.step_graph import build_privacy, build_step_manifest, build_training, open_onnx_step
 from tests.simulators.training import NOW_S, Orders, build_training_job
 
 FALSE_ALARM = 1e-6  # of one piece of evidence
@@ -43,11 +45,10 @@ _CANARY_GRADIENT = 1000.0  # in clipping norms
 class Device:
     """A session on real files, with `x` and `y` as its samples, as the training process wires it."""
 
-    def __init__(self, directory: Path, graph: bytes, manifest, x, y, *, epsilon_limit=UNLIMITED, delta="0.001"):
+    def __init__(self, directory: Path, step: Step, manifest, x, y, *, epsilon_limit=UNLIMITED, delta="0.001"):
         directory.mkdir(parents=True, exist_ok=True)
         self.x, self.y, self.round = x, y, 0
-        self._step = StepGraph(graph, manifest)
-        self._directory, self._digest, self._manifest = directory, build_digest(graph), manifest
+        self._directory, self._step, self._manifest, self._digest = directory, step, manifest, manifest.step_digest
         self._orders = Orders(graph_digest=self._digest)
         self._job = build_training_job(
             directory,
@@ -83,9 +84,9 @@ class Device:
         return -decode_update(update, training.uplink, size=self._step.size).astype(np.float64) / share
 
 
-def build_linear_device(directory: Path, *, features: int, x, y, **limits) -> Device:
-    graph = build_step_graph(features=features)
-    return Device(directory, graph, build_step_manifest(graph, features=features), x, y, **limits)
+def build_linear_device(directory: Path, engine: str, *, features: int, x, y, batch: int = 8, **limits) -> Device:
+    open_step = open_opacus_step if engine == "opacus" else open_onnx_step
+    return Device(directory, *open_step(features=features, batch=batch), x, y, **limits)
 
 
 def _plan(**changed):
@@ -96,14 +97,14 @@ def _training(steps: int):
     return replace(build_training(steps=steps, rounds=1000), learning_rate=_LEARNING_RATE)
 
 
-def check_noise(directory: Path) -> None:
+def check_noise(directory: Path, engine: str = "onnx") -> None:
     """Chi-square of the noise of two rounds, of their sum and of their difference: 10 000 values each.
 
     Two steps a round, over 40 samples without a gradient in batches of 8: noise that comes with every batch, or twice
     the same, shows. A standard deviation that is 4 % off is seen nearly always.
     """
     device = build_linear_device(
-        directory, features=9999, x=np.zeros((40, 9999), np.float32), y=np.zeros(40, np.float32)
+        directory, engine, features=9999, x=np.zeros((40, 9999), np.float32), y=np.zeros(40, np.float32)
     )
     privacy = _plan(clipping_norm="2", noise_multiplier="3", sampling_rate="1")
     first, second = (device.answer(np.zeros(10_000, np.float32), privacy, _training(steps=2)) for _ in range(2))
@@ -113,14 +114,14 @@ def check_noise(directory: Path) -> None:
         assert low <= found <= high * (1 + SLACK) ** 2, f"chi-square {found:.0f} is not in {low:.0f}..{high:.0f}"
 
 
-def check_sensitivity_of_one_sample(directory: Path) -> None:
+def check_sensitivity_of_one_sample(directory: Path, engine: str = "onnx") -> None:
     """One sample more, ordinary or extreme, moves what leaves the device by at most the clipping norm.
 
     Noise is a millionth of it: what is measured is exact to 1e-5. A sample with a large gradient counts for all of it.
     """
     generator = np.random.default_rng(1)
     kept_x, kept_y = generator.normal(0, 2, (30, 3)).astype(np.float32), generator.normal(0, 2, 30).astype(np.float32)
-    device = build_linear_device(directory, features=3, x=kept_x, y=kept_y)
+    device = build_linear_device(directory, engine, features=3, x=kept_x, y=kept_y)
     privacy, parameters = _plan(noise_multiplier="1e-6", sampling_rate="1"), np.array([0.5, -1, 2, 0.1], np.float32)
     without = device.answer(parameters, privacy, _training(steps=1))
     moved = []
@@ -133,7 +134,7 @@ def check_sensitivity_of_one_sample(directory: Path) -> None:
     assert max(moved) >= 0.99, "no sample counts: nothing was measured"
 
 
-def check_sampler_is_poisson(directory: Path) -> None:
+def check_sampler_is_poisson(directory: Path, engine: str = "onnx") -> None:
     """Who takes part is seen in the sums: sample i moves parameter i alone, and noise is a millionth.
 
     200 samples, rate 0.3: sizes of 60 draws and, over 400 steps, how often each sample took part are as spread as
@@ -142,7 +143,7 @@ def check_sampler_is_poisson(directory: Path) -> None:
     """
     count, rate = 200, 0.3
     x, y = 1e3 * np.eye(count, dtype=np.float32), np.full(count, -1e3, np.float32)
-    device = build_linear_device(directory, features=count, x=x, y=y)
+    device = build_linear_device(directory, engine, features=count, x=x, y=y, batch=64)
     privacy = _plan(noise_multiplier="1e-6", sampling_rate=str(rate))
 
     def count_parts(steps: int):
@@ -169,16 +170,17 @@ def _check_spread(what: str, counts, coins: int, rate: float, tail: float) -> No
     assert low <= found <= high, f"{what} has a squared deviation of {found:.0f}, expected {low:.0f}..{high:.0f}"
 
 
-def check_budget_survives_restarts(directory: Path, compute_epsilon) -> None:
+def check_budget_survives_restarts(directory: Path, engine: str, compute_epsilon) -> None:
     """What left the device, counted outside it, never costs more than its owner's limit of 2, over any restarts.
 
     Args:
         directory: Empty.
+        engine: Of the device.
         compute_epsilon: Of another accountant: (rate, noise multiplier, steps, delta) -> epsilon.
     """
     generator = np.random.default_rng(2)
     x, y = generator.normal(size=(20, 3)).astype(np.float32), generator.normal(size=20).astype(np.float32)
-    device = build_linear_device(directory, features=3, x=x, y=y, epsilon_limit=Decimal(2))
+    device = build_linear_device(directory, engine, features=3, x=x, y=y, epsilon_limit=Decimal(2))
     privacy, left = _plan(sampling_rate="0.1"), 0
     for _ in range(40):  # each opens the ledger anew; the budget is spent after seven
         left += device.answer(np.zeros(4, np.float32), privacy, _training(steps=2)) is not None
@@ -199,8 +201,8 @@ class _Canaries(nn.Module):
         return found
 
 
-def build_canary_graph(directory: Path):
-    """Return the packaged step graph of the canaries' model, and its manifest; takes some seconds."""
+def build_canary_step(directory: Path):
+    """Return the step of the canaries' model, from its packaged graph, and its manifest; takes some seconds."""
     definition = ModelDefinition(
         name="linear",
         build=_Canaries,
@@ -214,25 +216,25 @@ def build_canary_graph(directory: Path):
     graph = architecture.train_step_path.read_bytes()
     manifest = build_step_manifest(graph)
     entry = FileEntry(digest=build_digest(graph), size_bytes=len(graph))
-    return graph, replace(
+    manifest = replace(
         manifest,
         inputs=definition.inputs,
         files={**manifest.files, TRAIN_STEP_NAME: entry},
         training=architecture.training,
     )
+    return Step(OnnxEngine(graph, manifest.training.layout), manifest), manifest
 
 
-def score_canaries(directory: Path, canary_graph, epsilon: int):
+def score_canaries(directory: Path, canary_step, epsilon: int):
     """Return one score a canary, and which of them were among the samples; one run at `epsilon`.
 
     Each canary is in by a fair coin of a fixed seed. The auditor chooses the parameters of both rounds, so that each
     canary's gradient points the other way in the second: their difference doubles it, and noise drawn twice cancels.
     """
-    graph, manifest = canary_graph
     is_in = np.random.default_rng(COINS_SEED).random(CANARIES) < 0.5
     tokens = np.flatnonzero(is_in)[:, None]
     y = np.full(len(tokens), _CANARY_GRADIENT, np.float32)
-    device = Device(directory, graph, manifest, tokens, y, epsilon_limit=Decimal(epsilon), delta=CANARY_DELTA)
+    device = Device(directory, *canary_step, tokens, y, epsilon_limit=Decimal(epsilon), delta=CANARY_DELTA)
     privacy = build_privacy(
         noise_multiplier=CANARY_NOISE[epsilon], sampling_rate="1", delta=CANARY_DELTA, epsilon=str(epsilon)
     )

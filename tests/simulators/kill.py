@@ -8,8 +8,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+from tests.simulators.waiting import wait_until
 
 _CHANGES = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.truncate"})
+_THREADS = Path("/proc/self/task")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
@@ -24,12 +28,27 @@ def run_and_kill(work: Callable[[], object], *, at: int) -> bool:
             sys.excepthook(*sys.exc_info())
             os._exit(1)
         os._exit(0)
-    _, status = os.waitpid(child, 0)
+    try:
+        _, status = os.waitpid(child, 0)
+    except BaseException:  # the test was given up: its child must not outlive it
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
     if os.WIFSIGNALED(status):
         assert os.WTERMSIG(status) == signal.SIGKILL
         return False
     assert os.WEXITSTATUS(status) == 0
     return True
+
+
+def run_settled(work: Callable[[], object]) -> None:
+    """Do `work` here, and return once the threads that it started are gone.
+
+    A thread that is just ending may hold a lock of OpenSSL's, and a child that is forked then waits for it for ever.
+    """
+    before = set(_THREADS.iterdir())
+    work()
+    wait_until(lambda: set(_THREADS.iterdir()) <= before, "the end of all threads")
 
 
 def _count_changes(at: int) -> None:

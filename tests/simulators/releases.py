@@ -6,8 +6,10 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from edge_agent.updates.challenger_slot import Challenger
 from edge_agent.updates.fetcher import open_offer
-from edge_agent.updates.installer import Updater, UpdaterSettings
+from edge_agent.updates.installer import Updater
+from edge_agent.updates.settings import UpdaterSettings
 from fl_server.directory import Directory
 from fl_server.rollout.publisher import Publisher, list_blobs
 from fl_server.rollout.repository import ReleaseRepository
@@ -28,6 +30,7 @@ from models.contract.manifest import (
 )
 from models.contract.messages import EventKind
 from models.contract.offer import build_offer
+from models.contract.terms import Role, Split
 from models.tensors.layout import Layout
 from models.tensors.spec import TensorSpec
 from tests.simulators.broker_memory import MemoryBroker
@@ -94,13 +97,25 @@ class ReleaseServer:
         files = parse_manifest((version_dir / MANIFEST_NAME).read_bytes()).files
         self.repository.sign_graphs({name: files[name] for name in GRAPH_NAMES if name in files}, now=self.now)
 
-    def release(self, champion: Path, *, signs_graphs: bool = True, target_model: str = MODEL) -> bytes:
-        """Make `champion` what devices should run; publish everything and return the offer."""
+    def release(
+        self,
+        champion: Path,
+        *,
+        challenger: Path | None = None,
+        split: Split | None = None,
+        signs_graphs: bool = True,
+        target_model: str = MODEL,
+    ) -> bytes:
+        """Make `champion` what devices should run, `challenger` beside it; publish all and return the offer."""
+        versions: dict[Role, Path] = {"champion": champion}
+        if challenger is not None:
+            versions["challenger"] = challenger
         if signs_graphs:
-            self.sign_graphs(champion)
-        data = (champion / MANIFEST_NAME).read_bytes()
-        self.repository.set_release(target_model, {"champion": data}, now=self.now)
-        return self.publish(champion)
+            for version in versions.values():
+                self.sign_graphs(version)
+        manifests = {alias: (version / MANIFEST_NAME).read_bytes() for alias, version in versions.items()}
+        self.repository.set_release(target_model, manifests, now=self.now, split=split)
+        return self.publish(*versions.values())
 
     def publish(self, *versions: Path) -> bytes:
         offer = build_offer(self.repository.load_metadata())
@@ -119,24 +134,39 @@ def _describe(data: bytes) -> FileEntry:
 class Device:
     """An updater whose model server only remembers which bytes it was told to answer with."""
 
-    def __init__(self, path: Path, broker: MemoryBroker, root: bytes, **settings: object) -> None:
+    def __init__(
+        self, path: Path, broker: MemoryBroker, root: bytes, *, owner_challenges: bool = False, **settings: object
+    ) -> None:
         self.path, self.events, self.tried = path, list[tuple[EventKind, str, int | None]](), list[bytes]()
         self.serving: bytes | None = None
+        self.challenger: tuple[int, str] | None = None  # version and split, as served
         defaults = {"fleet": FLEET, "model": MODEL, "trains": True, "retry_delay_s": 3600.0}
         self.updater = Updater(
             UpdaterSettings(state_dir=path, **(defaults | settings)),
             open_offer=partial(open_offer, root=root, trust_dir=path / "tuf"),
             reader=broker,
             try_version=self.try_version,
+            serve_challenger=None if owner_challenges else self.serve_challenger,
             on_event=lambda *event: self.events.append(event),
         )
 
     def try_version(self, directory: Path, manifest: ModelManifest) -> None:
+        self.serving = self._try(directory, manifest)
+
+    def _try(self, directory: Path, manifest: ModelManifest) -> bytes:
         inference = b"".join((directory / name).read_bytes() for name in manifest.serving_names)
         self.tried.append(inference)
         if inference.startswith(b"unhealthy"):
             raise ValueError("the output is not finite")
-        self.serving = inference
+        return inference
+
+    def serve_challenger(self, challenger: Challenger | None) -> None:
+        if challenger is None:
+            self.challenger = None
+            return
+        if not challenger.is_proven:
+            self._try(challenger.directory, challenger.manifest)
+        self.challenger = (challenger.manifest.version, str(challenger.split))
 
     def receive(self, *offers: bytes) -> list[EventKind]:
         """Start, handle `offers` one after the other, end; return what kinds of events that made."""

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from edge_agent.training.onnx_engine import OnnxEngine
+from edge_agent.training.step import Step
 from models.contract.encoding import build_digest
 from models.contract.manifest import (
     EVALUATE_NAME,
@@ -96,6 +98,14 @@ def build_step_manifest(step: bytes, *, features: int = 3, batch: int = 8, label
             metric="rmse",
         ),
     )
+
+
+def open_onnx_step(**options) -> tuple[Step, ModelManifest]:
+    """Return the open step of the graph that `build_step_graph` makes of `options`, and its manifest."""
+    graph = build_step_graph(**options)
+    options.pop("factor", None)
+    manifest = build_step_manifest(graph, **options)
+    return Step(OnnxEngine(graph, manifest.training.layout), manifest), manifest
 
 
 def save_step_version(directory: Path, step: bytes) -> ModelManifest:

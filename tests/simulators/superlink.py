@@ -205,6 +205,16 @@ class Process:
             self._queue.put(line)
 
 
+SAMPLE_PLAN = PrivacyPlan(
+    unit=Unit.SAMPLE,
+    clipping_norm=Decimal(1),
+    noise_multiplier=Decimal(1),
+    sampling_rate=Decimal("0.1"),
+    delta=Decimal("0.001"),
+    epsilon=Decimal(8),
+)
+
+
 class Fleet:
     """A SuperLink with nodes and drivers; ends whatever it started."""
 
@@ -251,6 +261,7 @@ class Fleet:
         join_timeout_s: float = 30,
         uplink: Uplink = "float32",
         aggregation: Aggregation = MEAN,
+        privacy: PrivacyPlan = SAMPLE_PLAN,
     ) -> Path:
         """Return the folder of a new run that starts with zeros."""
         run_dir = self.directory / name
@@ -265,14 +276,7 @@ class Fleet:
             run=name,
             graph_digest="0" * 64,
             layout=Layout(names=("weight",), shapes=((size,),)),
-            privacy=PrivacyPlan(
-                unit=Unit.SAMPLE,
-                clipping_norm=Decimal(1),
-                noise_multiplier=Decimal(1),
-                sampling_rate=Decimal("0.1"),
-                delta=Decimal("0.001"),
-                epsilon=Decimal(8),
-            ),
+            privacy=privacy,
             training=TrainingPlan(
                 rounds=rounds,
                 steps=1,

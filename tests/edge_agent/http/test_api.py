@@ -249,6 +249,7 @@ def test_privacy_of_a_device_that_never_trained(agent: AgentProcess) -> None:
         "total_epsilon": "0",
         "total_epsilon_limit": "8",
         "total_left": "8",
+        "trusts_coordinator": False,
     }
 
 

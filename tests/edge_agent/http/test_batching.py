@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,25 @@ def test_requests_of_one_tick_are_one_run_and_each_gets_its_own_rows(model: Serv
         assert model.statistics.snapshot().executions == 1
         await ask(batcher, model, features(1))
         assert model.statistics.snapshot().executions == 2
+
+    asyncio.run(scenario())
+
+
+def test_request_that_is_alone_runs_at_once_but_never_before_one_that_waits(model: ServedModel) -> None:
+    async def scenario() -> None:
+        batcher, done = TickBatcher(100), []
+
+        def add(value: int, *, is_alone: bool) -> None:
+            finish = partial(lambda value, _job, _outputs: done.append(value), value)
+            batcher.add(Job(model, features(value), 1, time.perf_counter(), finish), is_alone=is_alone)
+
+        add(1, is_alone=True)
+        assert done == [1]
+        add(2, is_alone=False)
+        add(3, is_alone=True)
+        assert done == [1]
+        await asyncio.sleep(0)
+        assert done == [1, 2, 3]
 
     asyncio.run(scenario())
 

@@ -83,18 +83,22 @@ class Site:
 
     def _handle(self, request: Request) -> None:
         self.requests.append(request)
-        if request.target.startswith(b"/later"):
+        if request.head.target.startswith(b"/later"):
             self._loop.call_later(0.05, request.reply, self.answer(request))
-        elif request.target.startswith(b"/hold"):
+        elif request.head.target.startswith(b"/hold"):
             self.held.append(request)
-        elif request.target.startswith(b"/large"):
+        elif request.head.target.startswith(b"/large"):
             request.reply(Answer(b"x" * 50_000_000))
         else:
             request.reply(self.answer(request))
 
     @staticmethod
     def answer(request: Request) -> Answer:
-        said = {"method": request.method.decode(), "target": request.target.decode(), "bytes": len(request.body)}
+        said = {
+            "method": request.head.method.decode(),
+            "target": request.head.target.decode(),
+            "bytes": len(request.body),
+        }
         return Answer(json.dumps(said).encode())
 
     def connect(self) -> socket.socket:
@@ -154,6 +158,29 @@ def test_request_that_comes_byte_by_byte_is_one_request(site: Site) -> None:
         for byte in b"POST /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc":
             connection.sendall(bytes([byte]))
         assert json.loads(Reader(connection).read()[2]) == {"method": "POST", "target": "/slow", "bytes": 3}
+
+
+def test_head_that_has_come_before_is_read_as_the_first_time_however_it_comes(site: Site) -> None:
+    request = b"POST /again HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc"
+    with site.connect() as connection:
+        answers = Reader(connection)
+        for parts in ([request], [request], [request[:60], request[60:]], [request[:20], request[20:]], [request * 3]):
+            for part in parts:
+                connection.sendall(part)
+                assert is_served(site)  # so that the next part comes alone
+            for _ in range(b"".join(parts).count(request)):
+                assert json.loads(answers.read()[2]) == {"method": "POST", "target": "/again", "bytes": 3}
+
+
+def test_part_of_one_head_is_never_taken_for_another_head(site: Site) -> None:
+    inner = b"GET /inner HTTP/1.1\r\nHost: x\r\n\r\n"
+    for before in (b"GET /outer HTTP/1.1\r\nX: ", b"POST /outer HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(inner)):
+        with site.connect() as connection:
+            connection.sendall(before)
+            assert is_served(site)
+            connection.sendall(inner)
+            assert json.loads(Reader(connection).read()[2])["target"] == "/outer"
+        assert json.loads(ask(site, inner)[2])["target"] == "/inner"
 
 
 def test_chunked_body_with_extension_and_trailer(site: Site) -> None:
@@ -296,7 +323,7 @@ def test_client_that_does_not_read_is_dropped(site: Site) -> None:
         connection.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
         assert is_served(site)
         wait_until(lambda: not site.list_connections(), "the connection to be dropped")
-    assert sum(request.target == b"/large" for request in site.requests) == 1
+    assert sum(request.head.target == b"/large" for request in site.requests) == 1
 
 
 def test_there_is_room_for_more_connections_than_allowed_if_the_others_only_wait() -> None:

@@ -93,6 +93,18 @@ def test_challenger_of_other_tensors_or_the_same_version_is_left_out(tmp_path: P
     assert engine.select("tiny", None, key="k") is champion
 
 
+def test_challenger_goes_under_load_and_whoever_holds_it_is_still_answered(tmp_path: Path) -> None:
+    engine = build_pair(tmp_path, weight=1.0)
+    held = engine.select("tiny", None, key="k")
+    assert held.version == "2"
+    engine.challenge(None)
+    assert held.infer({"features": ROW})["logits"][0, 0] == 8
+    assert engine.select("tiny", None, key="k").version == "1"
+    assert [model.version for model in engine.list_models()] == ["1"]
+    engine.activate(load(tmp_path, 3))
+    assert [model.version for model in engine.list_models()] == ["3"]
+
+
 def test_shadow_compares_later_what_the_champion_answered(tmp_path: Path) -> None:
     engine = build_pair(tmp_path, shadow=True)
     champion = engine.select("tiny", None, key="k")

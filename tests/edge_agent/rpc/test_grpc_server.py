@@ -1,6 +1,7 @@
 """The gRPC server's life: what it takes of a process, what it waits for, how it ends."""
 
 import asyncio
+import contextlib
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from edge_agent.http.listener import Limits
 from edge_agent.inference.engine import Engine
 from edge_agent.inference.model import load_version
 from edge_agent.rpc.messages import load_messages
-from edge_agent.rpc.server import GrpcServer
+from edge_agent.rpc.server import CONNECTIONS_MAX, GrpcServer
 from edge_agent.rpc.service import SERVICE
 from models.contract.settings import SettingsError
 from tests.simulators.agent import find_free_port
@@ -28,6 +29,7 @@ REQUEST = MESSAGES["ModelInferRequest"](
     model_name="tiny", inputs=[TENSOR], raw_input_contents=[bytes(4 * FEATURES)]
 ).SerializeToString()
 INFER = f"/{SERVICE}/ModelInfer"
+HTTP2_BEGINNING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # and empty settings
 
 
 def build_app(directory: Path) -> App:
@@ -53,6 +55,48 @@ def test_slow_sender_and_too_much_at_once_are_refused_and_others_are_served(tmp_
             assert await silent.code() == grpc.StatusCode.INVALID_ARGUMENT
             assert "within 0.2 s" in await silent.details()
             assert await infer(REQUEST, timeout=20)
+        await server.stop()
+
+    asyncio.run(scenario())
+
+
+def test_senders_that_hold_every_place_make_room_for_who_waits(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        port, limits = find_free_port(), Limits(body_bytes=len(REQUEST), bodies_bytes=2 * len(REQUEST), request_s=60)
+        server = GrpcServer(build_app(tmp_path), "127.0.0.1", port, limits)
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            silent = [channel.stream_unary(INFER)() for _ in range(8)]
+            for call in silent:
+                await call.wait_for_connection()
+            assert await channel.unary_unary(INFER)(REQUEST, timeout=20)
+            assert await silent[0].code() == grpc.StatusCode.UNAVAILABLE
+            assert "too slowly while others waited" in await silent[0].details()
+        await server.stop()
+
+    asyncio.run(scenario())
+
+
+def test_connection_too_many_and_what_a_web_page_can_say_are_closed_unanswered(tmp_path: Path) -> None:
+    async def connect(port: int, said: bytes) -> tuple[bytes, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.suppress(ConnectionError):
+            writer.write(said)
+            async with asyncio.timeout(20):
+                return await reader.read(9), writer
+        return b"", writer
+
+    async def scenario() -> None:
+        server = GrpcServer(build_app(tmp_path), "127.0.0.1", port := find_free_port())
+        await server.start()
+        answer, page = await connect(port, b"POST %b HTTP/1.1\r\nhost: web.example\r\n\r\n" % INFER.encode())
+        page.close()
+        assert not answer.startswith(b"HTTP/1")
+        found = [await connect(port, HTTP2_BEGINNING) for _ in range(CONNECTIONS_MAX + 1)]
+        answers = [bool(answer) for answer, _ in found]
+        assert answers == [True] * CONNECTIONS_MAX + [False]
+        for _, writer in found:
+            writer.close()
         await server.stop()
 
     asyncio.run(scenario())

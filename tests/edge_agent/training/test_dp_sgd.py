@@ -6,20 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from edge_agent.errors import StalledError
-from edge_agent.training.dp_sgd import StepGraph, local_training, open_step_graph
-from edge_agent.training.noise import GRID_SLACK, draw_gaussian, draw_poisson
-from models.contract.manifest import TRAIN_STEP_NAME
-from models.contract.privacy import Unit
-from tests.simulators.step_graph import (
-    FAULTS,
-    build_privacy,
-    build_step_graph,
-    build_step_manifest,
-    build_training,
-    clipped_sum_in_numpy,
-    save_step_version,
-)
+from edge_agent.training.dp_sgd import local_training
+from models.tensors.noise import GRID_SLACK, draw_gaussian, draw_poisson
+from tests.simulators.step_graph import build_privacy, build_training, clipped_sum_in_numpy, open_onnx_step
 
 EVERYONE_WITHOUT_NOISE = build_privacy(noise_multiplier="0", sampling_rate="1")
 ONE_STEP = build_training(steps=1)
@@ -27,13 +16,7 @@ PARAMETERS = np.array([0.5, -1.0, 2.0, 0.1], np.float32)
 GRID = 2e-5  # what rounding to the noise's grid may do to an update of a few steps
 
 
-def open_graph(**options):
-    graph = build_step_graph(**options)
-    options.pop("factor", None)
-    return StepGraph(graph, build_step_manifest(graph, **options))
-
-
-STEP = open_graph()
+STEP, _ = open_onnx_step()
 
 
 def draw_samples(count, seed=0):
@@ -46,13 +29,6 @@ def draw_samples(count, seed=0):
 
 def train(x, y, privacy, training, *, step=STEP, parameters=PARAMETERS, noise=draw_gaussian, sampler=draw_poisson):
     return local_training(step, x, y, parameters, privacy, training, noise, sampler)
-
-
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 37])
-def test_sums_of_any_number_of_rows_equal_clipping_in_numpy(count):
-    x, y = draw_samples(count)
-    expected = clipped_sum_in_numpy(x, y, 1.5, PARAMETERS)
-    np.testing.assert_allclose(STEP.clipped_sum(x, y, 1.5, PARAMETERS), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("momentum", ["0", "0.9"])
@@ -116,7 +92,7 @@ def test_each_step_uses_exactly_the_samples_drawn_for_it():
     np.testing.assert_allclose(update, first + second, atol=GRID)
 
 
-NOISY = open_graph(features=9999, batch=1)
+NOISY, _ = open_onnx_step(features=9999, batch=1)
 
 
 def noise_of_a_round(*, sampler=draw_poisson, noise=draw_gaussian, samples=0):
@@ -181,68 +157,6 @@ def test_one_sample_moves_a_step_by_no_more_than_its_share(x, y, others_x, other
     share = 0.1 * 1 / 10  # learning rate, clipping norm, expected batch
     assert np.linalg.norm(with_it - without) <= share * (1 + 1e-4 + GRID_SLACK)
     assert np.linalg.norm(replaced - with_it) <= 2 * share * (1 + 1e-4 + GRID_SLACK)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
-def test_sample_without_finite_gradient_adds_nothing(bad):
-    x, y = draw_samples(20)
-    expected = clipped_sum_in_numpy(np.delete(x, 5, 0), np.delete(y, 5), 1, PARAMETERS)
-    x[5] = bad
-    np.testing.assert_allclose(STEP.clipped_sum(x, y, 1, PARAMETERS), expected, atol=1e-5)
-
-
-def test_label_out_of_range_adds_nothing_and_is_not_quoted(capfd):
-    step = open_graph(labels=True)
-    x, _ = draw_samples(20)
-    y = np.arange(20) % 2
-    expected = step.clipped_sum(np.delete(x, 5, 0), np.delete(y, 5), 1, PARAMETERS)
-    y[5] = 424242
-    np.testing.assert_allclose(step.clipped_sum(x, y, 1, PARAMETERS), expected, atol=1e-5)
-    assert "424242" not in "".join(capfd.readouterr())
-
-
-def test_parameters_that_diverged_leave_only_noise():
-    x, y = draw_samples(20)
-    np.testing.assert_array_equal(STEP.clipped_sum(x, y, 1, np.full(4, np.inf, np.float32)), np.zeros(4))
-
-
-def test_device_unit_is_refused():
-    x, y = draw_samples(3)
-    with pytest.raises(StalledError, match="'device' is not supported"):
-        train(x, y, build_privacy(unit=Unit.DEVICE), ONE_STEP)
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_graph_that_does_not_bound_a_sample_is_refused(fault):
-    for _ in range(20):  # whatever the random data
-        with pytest.raises(StalledError, match="does not clip"):
-            open_graph(factor=FAULTS[fault])
-
-
-def test_honest_graph_always_opens():
-    for _ in range(20):
-        open_graph()
-        open_graph(labels=True)
-        open_graph(batch=1)
-
-
-def test_step_graph_on_disk_must_be_the_manifests(tmp_path):
-    manifest = save_step_version(tmp_path, build_step_graph())
-    assert open_step_graph(tmp_path, manifest).size == 4
-    (tmp_path / TRAIN_STEP_NAME).write_bytes(build_step_graph(factor=FAULTS["ignores the clip"]))
-    with pytest.raises(StalledError, match="digest"):
-        open_step_graph(tmp_path, manifest)
-    (tmp_path / TRAIN_STEP_NAME).unlink()
-    with pytest.raises(StalledError, match="No such file"):
-        open_step_graph(tmp_path, manifest)
-
-
-def test_what_is_no_graph_or_has_other_inputs_is_refused():
-    with pytest.raises(StalledError, match="does not open"):
-        StepGraph(b"not a graph", build_step_manifest(b"not a graph"))
-    renamed = build_step_graph().replace(b"clipping_norm", b"clipping_nrom")
-    with pytest.raises(StalledError, match="has inputs"):
-        StepGraph(renamed, build_step_manifest(renamed))
 
 
 def test_sampling_rate_reaches_the_sampler_exactly():

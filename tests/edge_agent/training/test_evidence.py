@@ -40,8 +40,8 @@ def compute_own_epsilon(rate, noise, steps, delta):
     return compute_epsilon([Phase(rate, noise, steps)], delta)
 
 
-def check_budget(directory):
-    evidence.check_budget_survives_restarts(directory, compute_opacus_epsilon)
+def check_budget(directory, engine="onnx"):
+    evidence.check_budget_survives_restarts(directory, engine, compute_opacus_epsilon)
 
 
 CHECKS = [
@@ -61,13 +61,14 @@ BREACHES = [
 
 
 @pytest.fixture(scope="module")
-def canary_graph(tmp_path_factory):
-    return evidence.build_canary_graph(tmp_path_factory.mktemp("canaries") / "architecture")
+def canary_step(tmp_path_factory):
+    return evidence.build_canary_step(tmp_path_factory.mktemp("canaries") / "architecture")
 
 
+@pytest.mark.parametrize("engine", ["onnx", "opacus"])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_evidence_does_not_refute_the_claim(tmp_path, check):
-    check(tmp_path)
+def test_evidence_does_not_refute_the_claim(tmp_path, check, engine):
+    check(tmp_path, engine)
 
 
 @pytest.mark.parametrize(("breach", "check"), BREACHES, ids=lambda value: value.__name__)
@@ -77,9 +78,15 @@ def test_evidence_refutes_a_breach(tmp_path, monkeypatch, breach, check):
         check(tmp_path)
 
 
+def test_evidence_refutes_opacus_that_clips_too_late(tmp_path, monkeypatch):
+    sabotage.clip_at_five_times_the_norm(monkeypatch)
+    with pytest.raises(AssertionError, match="one sample counts for"):
+        evidence.check_sensitivity_of_one_sample(tmp_path, "opacus")
+
+
 @pytest.mark.parametrize("epsilon", EPSILONS)
-def test_canaries_of_one_run_tell_no_more_than_epsilon_allows(tmp_path, canary_graph, epsilon):
-    scores, is_in = evidence.score_canaries(tmp_path, canary_graph, epsilon)
+def test_canaries_of_one_run_tell_no_more_than_epsilon_allows(tmp_path, canary_step, epsilon):
+    scores, is_in = evidence.score_canaries(tmp_path, canary_step, epsilon)
     evidence.check_audit(scores, is_in, epsilon)
     evidence.check_score_gap(scores, is_in, epsilon)
 
@@ -90,9 +97,9 @@ def test_canaries_of_one_run_tell_no_more_than_epsilon_allows(tmp_path, canary_g
     [sabotage.quarter_the_noise, sabotage.clip_at_five_times_the_norm, sabotage.reuse_the_seed],
     ids=lambda breach: breach.__name__,
 )
-def test_canaries_of_one_run_show_a_breach(tmp_path, monkeypatch, canary_graph, breach, epsilon):
+def test_canaries_of_one_run_show_a_breach(tmp_path, monkeypatch, canary_step, breach, epsilon):
     breach(monkeypatch)
-    scores, is_in = evidence.score_canaries(tmp_path, canary_graph, epsilon)
+    scores, is_in = evidence.score_canaries(tmp_path, canary_step, epsilon)
     with pytest.raises(AssertionError, match="guesses are right"):
         evidence.check_audit(scores, is_in, epsilon)
     with pytest.raises(AssertionError, match="stand out by"):

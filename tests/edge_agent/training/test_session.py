@@ -1,3 +1,4 @@
+from dataclasses import replace
 from decimal import Decimal
 
 import numpy as np
@@ -6,20 +7,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_agent.errors import StalledError
 from edge_agent.training.budget import compute_total
-from edge_agent.training.dp_sgd import StepGraph, local_training
+from edge_agent.training.dp_sgd import local_training
 from edge_agent.training.ledger import open_ledger
-from edge_agent.training.noise import draw_gaussian, draw_poisson
 from edge_agent.training.session import TrainingSession
 from edge_agent.training.updates import UpdateStore
-from models.contract.encoding import build_digest
 from models.contract.privacy import Unit
+from models.tensors.noise import draw_gaussian, draw_poisson
 from models.tensors.uplink import decode_update
 from tests.simulators.crash import crash_points, run_until_crash
-from tests.simulators.step_graph import build_privacy, build_step_graph, build_step_manifest, build_training
+from tests.simulators.step_graph import build_privacy, build_training, open_onnx_step
 from tests.simulators.training import NOW_S, Orders, build_training_job
 
-GRAPH = build_step_graph()
-STEP = StepGraph(GRAPH, build_step_manifest(GRAPH))
+STEP, MANIFEST = open_onnx_step()
 PARAMETERS = np.array([0.5, -1.0, 2.0, 0.1], np.float32)
 SAMPLES = np.ones((20, 3), np.float32), np.zeros(20, np.float32)
 
@@ -37,7 +36,7 @@ class Device:
         self.failing = failing
         self.session = TrainingSession(
             job=self.job,
-            graph_digest=build_digest(GRAPH),
+            graph_digest=MANIFEST.step_digest,
             size=4,
             key=orders.key.public_key(),
             ledger=self.ledger,
@@ -65,7 +64,7 @@ class Device:
 
 @pytest.fixture
 def orders():
-    return Orders(graph_digest=build_digest(GRAPH))
+    return Orders(graph_digest=MANIFEST.step_digest)
 
 
 @pytest.fixture
@@ -112,7 +111,7 @@ def test_retry_gets_the_same_bytes_and_is_not_charged(tmp_path, orders, uplink, 
         ({"issued_at": NOW_S + 3600, "expires_at": NOW_S + 7200}, "ahead"),
         ({"model": "other"}, "model 'other'"),
         ({"run": "run-2"}, "run 'run-2'"),
-        ({"graph_digest": "0" * 64}, "train step graph"),
+        ({"graph_digest": "0" * 64}, "training graph"),
         ({"parameters_digest": "0" * 64}, "parameters"),
     ],
 )
@@ -199,10 +198,73 @@ def test_plan_with_less_noise_than_the_owner_wants_is_refused(device, orders):
     assert (device.trained, device.ledger.entries) == (0, ())
 
 
-def test_device_unit_is_refused_uncharged(device, orders):
-    assert device.handle(orders.build(1, PARAMETERS, privacy=build_privacy(unit=Unit.DEVICE))) is None
-    assert "not supported" in device.events[0].message
-    assert (device.events[0].event, device.ledger.entries) == ("refused", ())
+def test_update_without_noise_leaves_only_if_the_owner_has_said_that_the_coordinator_is_trusted(tmp_path, orders):
+    envelope = orders.build(1, PARAMETERS, privacy=build_privacy(unit=Unit.DEVICE))
+    with Device(tmp_path / "device", orders) as device:
+        assert device.handle(envelope) is None
+        assert "has not set privacy.trust_coordinator" in device.events[0].message
+        assert (device.events[0].event, device.trained, device.ledger.entries) == ("refused", 0, ())
+    with Device(tmp_path / "device", orders, trusts_coordinator=True) as device:
+        assert device.handle(envelope) is not None
+
+
+def test_run_of_the_device_unit_is_charged_as_a_whole_and_once(tmp_path, orders):
+    privacy, training = build_privacy(unit=Unit.DEVICE, noise_multiplier="1.2"), build_training(rounds=10)
+    with Device(tmp_path / "device", orders, trusts_coordinator=True) as device:
+        for number in (4, 7):  # as it was drawn
+            assert device.handle(orders.build(number, PARAMETERS, privacy=privacy, training=training)) is not None
+        second = device.handle(orders.build(8, PARAMETERS, privacy=privacy, training=build_training(rounds=11)))
+        assert second is not None
+        visible = replace(privacy, participation="visible")
+        assert device.handle(orders.build(9, PARAMETERS, privacy=visible, training=training)) is None  # costs too much
+        assert device.trained == 3
+        entries = device.ledger.entries
+        assert [(entry.round, entry.sampling_rate, entry.steps) for entry in entries] == [
+            (4, Decimal("0.1"), 10),
+            (7, Decimal("0.1"), 0),
+            (8, Decimal("0.1"), 11),  # not the run that was paid
+        ]
+        assert entries[0].epsilon_after == entries[1].epsilon_after < entries[2].epsilon_after
+        assert device.ledger.head.spent[0].steps == 21
+        replayed = orders.build(4, PARAMETERS, privacy=privacy, training=training, sequence=1)
+        assert device.handle(replayed) is None
+        assert "replayed" in device.events[-1].message
+
+
+def test_run_of_the_device_unit_that_its_owner_cannot_afford_is_refused_before_anything_is_computed(tmp_path, orders):
+    envelope = orders.build(1, PARAMETERS, privacy=build_privacy(unit=Unit.DEVICE), training=build_training(rounds=900))
+    with Device(tmp_path / "device", orders, trusts_coordinator=True, epsilon_limit=Decimal(1)) as device:
+        assert device.handle(envelope) is None
+        assert "its owner allows 1" in device.events[0].message
+        assert (device.trained, device.ledger.entries) == (0, ())
+
+
+def test_killed_at_any_point_no_update_of_the_device_unit_left_before_its_run_was_paid(tmp_path, orders):
+    envelope = orders.build(1, PARAMETERS, privacy=build_privacy(unit=Unit.DEVICE))
+    for crash_at in crash_points():
+        directory = tmp_path / str(crash_at)
+
+        def answer(tell, directory=directory):
+            with Device(directory, orders, trusts_coordinator=True) as device:
+                tell(bytes(device.handle(envelope)).hex())
+
+        outcome = run_until_crash(answer, crash_at=crash_at)
+        with Device(directory, orders, trusts_coordinator=True) as device:
+            steps = [entry.steps for entry in device.ledger.entries]
+            assert steps in ([3], []) if not outcome.told else steps == [3]
+            assert device.handle(envelope) is not None
+            assert [entry.steps for entry in device.ledger.entries] in ([3], [3, 0])  # and never twice
+        if not outcome.crashed:
+            break
+    assert crash_at > 10
+
+
+def test_numbers_of_a_run_of_the_sample_unit_pay_for_no_run_of_the_device_unit(tmp_path, orders):
+    training = build_training(rounds=5, steps=5)
+    with Device(tmp_path / "device", orders, trusts_coordinator=True) as device:
+        for number, unit in ((1, Unit.SAMPLE), (2, Unit.DEVICE)):
+            device.handle(orders.build(number, PARAMETERS, privacy=build_privacy(unit=unit), training=training))
+        assert [entry.steps for entry in device.ledger.entries] == [5, 5]
 
 
 def test_round_that_fails_after_its_spend_stays_charged_and_the_retry_spends_again(tmp_path, orders):

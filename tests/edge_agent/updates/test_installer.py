@@ -16,9 +16,8 @@ from models.contract.encoding import build_digest
 from models.contract.manifest import MANIFEST_NAME, PARAMETERS_NAME, FileEntry, ModelManifest, parse_manifest
 from models.contract.messages import EventKind
 from models.contract.offer import ROLE_RELEASES, build_offer, build_release_target
-from models.contract.topics import build_blob_topic
 from tests.simulators.broker_memory import MemoryBroker
-from tests.simulators.releases import BIG, FLEET, Device, ReleaseServer
+from tests.simulators.releases import BIG, Device, ReleaseServer
 
 HAPPY = [EventKind.DOWNLOADING, EventKind.DOWNLOADED, EventKind.VERIFIED, EventKind.UPDATING, EventKind.UPDATED]
 
@@ -240,8 +239,7 @@ def test_rolling_back_the_fleet_needs_no_download(broker: MemoryBroker, server: 
     broker.reads.clear()
     assert device.receive(offer)[-1] is EventKind.UPDATED
     assert (device.version, device.serving) == (1, b"one" + BIG)
-    manifest_digest = build_digest((first_dir / MANIFEST_NAME).read_bytes())
-    assert broker.reads == [build_blob_topic(FLEET, manifest_digest, 0)]
+    assert broker.reads == []
 
 
 def test_newer_offer_takes_over_a_fetch(broker: MemoryBroker, server: ReleaseServer, device: Device) -> None:
@@ -416,7 +414,7 @@ def test_version_of_another_model_is_refused(server: ReleaseServer, device: Devi
     server.sign_graphs(version_dir)
     manifest = (version_dir / MANIFEST_NAME).read_bytes()
     entry = FileEntry(digest=build_digest(manifest), size_bytes=len(manifest))
-    state = server.repository._load()
+    state = server.repository._store.load()
     path = build_release_target("digits", "champion")
     state.targets[ROLE_RELEASES].targets[path] = _build_target(path, entry)
     server.repository._issue(state, {ROLE_RELEASES}, server.now)

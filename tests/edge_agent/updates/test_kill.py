@@ -7,16 +7,19 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
+from edge_agent.updates.challenger_slot import ChallengerSlot
 from edge_agent.updates.fetcher import open_offer
 from edge_agent.updates.slots import Slots
 from models.contract.messages import EventKind
+from models.contract.terms import Split
 from models.tensors.delta import build_delta
 from tests.simulators.broker_memory import MemoryBroker
-from tests.simulators.kill import run_and_kill
+from tests.simulators.kill import run_and_kill, run_settled
 from tests.simulators.releases import BIG, Device, ReleaseServer
 
 assert open_offer, build_delta  # tuf and zstandard are imported before the first child is made, not in each of them
@@ -48,26 +51,30 @@ def test_kill_at_any_change_of_the_disk_leaves_a_version_that_verifies_and_an_up
 ) -> None:
     broker = MemoryBroker()
     server = ReleaseServer(memory_dir / "server", broker)
-    installed = Device(memory_dir / "installed", broker, server.root)
     weights = WEIGHTS if "weights" in second else b""
-    installed.receive(server.release(server.write_version(1, b"one" + BIG, weights=weights)))
+    first = server.release(server.write_version(1, b"one" + BIG, weights=weights))
+    run_settled(lambda: Device(memory_dir / "installed", broker, server.root).receive(first))
     offer = server.release(server.write_version(2, **second, graph=b"other"))
+    state_dir = memory_dir / "device"
+
+    def end_the_update() -> None:
+        device = Device(state_dir, broker, server.root)
+        device.receive(offer)
+        assert device.version == expected, device.events
+        assert (len(device.updater._slots.rejected) == 1) == (expected == 1)
+
     at, lived = 0, False
     while not lived:
         at += 1
-        state_dir = memory_dir / "device"
-        shutil.copytree(installed.path, state_dir, symlinks=True)
-        lived = run_and_kill(lambda: Device(state_dir, broker, server.root).receive(offer), at=at)  # noqa: B023
+        shutil.copytree(memory_dir / "installed", state_dir, symlinks=True)
+        lived = run_and_kill(lambda: Device(state_dir, broker, server.root).receive(offer), at=at)
 
         slots = Slots(state_dir / "slots")
         assert slots.active is not None, at
         assert slots.active.manifest.version in {1, expected}, at
         assert slots.damage == [], at
-        device = Device(state_dir, broker, server.root)
-        device.receive(offer)
-        assert device.version == expected, (at, device.events)
+        run_settled(end_the_update)
         assert Slots(state_dir / "slots").trial is None, at
-        assert (len(device.updater._slots.rejected) == 1) == (expected == 1), at
         shutil.rmtree(state_dir)
     assert at > 40
 
@@ -75,7 +82,8 @@ def test_kill_at_any_change_of_the_disk_leaves_a_version_that_verifies_and_an_up
 def test_version_that_kills_the_agent_has_three_tries(tmp_path: Path) -> None:
     broker = MemoryBroker()
     server = ReleaseServer(tmp_path / "server", broker)
-    Device(tmp_path / "device", broker, server.root).receive(server.release(server.write_version(1, b"one")))
+    first = server.release(server.write_version(1, b"one"))
+    run_settled(lambda: Device(tmp_path / "device", broker, server.root).receive(first))
     offer = server.release(server.write_version(2, b"two"))
 
     def update_to_death() -> None:
@@ -100,7 +108,8 @@ def test_version_that_kills_the_agent_has_three_tries(tmp_path: Path) -> None:
 def test_version_on_trial_that_is_damaged_before_the_restart_is_fetched_again_and_not_rejected(tmp_path: Path) -> None:
     broker = MemoryBroker()
     server = ReleaseServer(tmp_path / "server", broker)
-    Device(tmp_path / "device", broker, server.root).receive(server.release(server.write_version(1, b"one")))
+    first = server.release(server.write_version(1, b"one"))
+    run_settled(lambda: Device(tmp_path / "device", broker, server.root).receive(first))
     offer = server.release(server.write_version(2, b"two"))
 
     def update_to_death() -> None:
@@ -150,7 +159,8 @@ def test_nothing_is_renamed_into_a_slot_or_over_the_state_before_it_is_synced(tm
 def test_disk_that_takes_no_more_keeps_the_old_version_and_is_left_free(tmp_path: Path) -> None:
     broker = MemoryBroker()
     server = ReleaseServer(tmp_path / "server", broker)
-    Device(tmp_path / "device", broker, server.root).receive(server.release(server.write_version(1, b"one")))
+    first = server.release(server.write_version(1, b"one"))
+    run_settled(lambda: Device(tmp_path / "device", broker, server.root).receive(first))
     offer = server.release(server.write_version(2, b"two" + BIG))
 
     def update_within_100_kb() -> None:
@@ -165,3 +175,58 @@ def test_disk_that_takes_no_more_keeps_the_old_version_and_is_left_free(tmp_path
     assert list((tmp_path / "device" / "slots" / "b").iterdir()) == []
     device = Device(tmp_path / "device", broker, server.root)
     assert device.receive(offer)[-1] is EventKind.UPDATED
+
+
+def test_kill_at_any_change_of_the_disk_leaves_the_champion_and_a_challenger_that_ends_up_beside_it(
+    memory_dir: Path,
+) -> None:
+    broker = MemoryBroker()
+    server = ReleaseServer(memory_dir / "server", broker)
+    champion, challenger = server.write_version(1, b"one"), server.write_version(2, b"two" + BIG)
+    first = server.release(champion)
+    run_settled(lambda: Device(memory_dir / "installed", broker, server.root).receive(first))
+    before = (memory_dir / "installed" / "slots" / "state.json").read_bytes()
+    offer = server.release(champion, challenger=challenger, split=Split(weight=Decimal("0.1")))
+    state_dir = memory_dir / "device"
+
+    def end_what_was_begun() -> None:
+        device = Device(state_dir, broker, server.root)
+        assert device.receive(offer) == [EventKind.CHALLENGER_SET], device.events
+        assert (device.version, device.challenger) == (1, (2, "with weight 0.1"))
+
+    at, lived = 0, False
+    while not lived:
+        at += 1
+        shutil.copytree(memory_dir / "installed", state_dir, symlinks=True)
+        lived = run_and_kill(lambda: Device(state_dir, broker, server.root).receive(offer), at=at)
+
+        assert (state_dir / "slots" / "state.json").read_bytes() == before, at
+        assert Slots(state_dir / "slots").damage == [], at
+        run_settled(end_what_was_begun)
+        held = ChallengerSlot(state_dir / "slots").held
+        assert held is not None, at
+        assert held.tries_left is None, at
+        shutil.rmtree(state_dir)
+    assert at > 30
+
+
+def test_challenger_that_kills_the_agent_has_three_tries_and_the_champion_serves_on(tmp_path: Path) -> None:
+    broker = MemoryBroker()
+    server = ReleaseServer(tmp_path / "server", broker)
+    champion, challenger = server.write_version(1, b"one"), server.write_version(2, b"two")
+    offer = server.release(champion, challenger=challenger, split=Split(shadow=True))
+
+    def follow_to_death() -> None:
+        device = Device(tmp_path / "device", broker, server.root)
+        device.updater._challenger._serve = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        device.receive(offer)
+
+    for tries_left in (2, 1, 0):
+        assert not run_and_kill(follow_to_death, at=1 << 30)
+        held = ChallengerSlot(tmp_path / "device" / "slots").held
+        assert held is not None
+        assert held.tries_left == tries_left
+    device = Device(tmp_path / "device", broker, server.root)
+    assert device.receive(offer) == [EventKind.CHALLENGER_REFUSED]
+    assert device.last_message == "never tried again: it ended the agent 3 times"
+    assert (device.version, device.tried) == (1, [])

@@ -1,6 +1,7 @@
 """A release through a real broker, with the links that agent and coordinator use."""
 
 import asyncio
+from decimal import Decimal
 from pathlib import Path
 
 from edge_agent.link.mqtt import Broker, Publication
@@ -10,11 +11,27 @@ from fl_server.fleet.mqtt import Link as CoordinatorLink
 from fl_server.rollout.publisher import Publisher, list_blobs
 from models.contract.encoding import build_digest
 from models.contract.messages import EventKind
+from models.contract.terms import Split
 from models.contract.topics import build_offer_topic
 from models.tensors.delta import build_delta
 from tests.simulators.broker_memory import MemoryBroker
 from tests.simulators.mosquitto import Mosquitto
 from tests.simulators.releases import BIG, FLEET, Device, ReleaseServer
+
+
+def test_champion_and_challenger_reach_a_device_through_a_real_broker(tmp_path: Path) -> None:
+    server = ReleaseServer(tmp_path / "server", MemoryBroker())
+    champion, challenger = server.write_version(1, b"one" + BIG * 4), server.write_version(2, b"two" + BIG)
+    offer = server.release(champion, challenger=challenger, split=Split(weight=Decimal("0.25")))
+    pem = server.repository.build_coordinator_pem()
+    blobs = {build_digest(pem): pem, **list_blobs(champion), **list_blobs(challenger)}
+    with Mosquitto(tmp_path) as broker:
+        device = asyncio.run(_release(tmp_path, broker.port, server, [(offer, blobs)]))
+    assert device.events[-2:] == [
+        (EventKind.UPDATED, "version 1 serves from slot a", 1),
+        (EventKind.CHALLENGER_SET, "it stands beside the champion, with weight 0.25", 2),
+    ]
+    assert (tmp_path / "device" / "coordinator.pem").read_bytes() == pem
 
 
 def test_release_and_the_delta_after_it_reach_a_device_through_a_real_broker(tmp_path: Path) -> None:

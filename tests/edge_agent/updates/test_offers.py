@@ -1,5 +1,6 @@
 """Offers that a hostile or broken broker may serve: refused with one event, and nothing changes."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -10,8 +11,10 @@ import zstandard
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
+from edge_agent.updates.watch import OfferWatch
 from fl_server.directory import Directory
 from fl_server.rollout.keys import load_key
+from fl_server.rollout.trust import LIFETIMES
 from models.contract.manifest import MANIFEST_NAME, parse_manifest
 from models.contract.messages import EventKind
 from models.contract.offer import build_graph_target, build_offer, parse_offer
@@ -89,6 +92,27 @@ def test_expired_offer_is_refused(tmp_path: Path, broker: MemoryBroker) -> None:
     assert "timestamp.json is expired" in device.last_message
     server.repository.refresh_expiring(datetime.now(UTC))
     assert device.receive(build_offer(server.repository.load_metadata()))[-1] is EventKind.UPDATED
+
+
+def test_offer_that_stays_until_it_has_expired_is_told(server: ReleaseServer, device: Device) -> None:
+    lifetime = LIFETIMES["timestamp"]
+    server.repository.renew(("timestamp",), now=datetime.now(UTC) - lifetime + timedelta(seconds=3))
+    offer = build_offer(server.repository.load_metadata())
+
+    async def freeze() -> None:
+        watch = OfferWatch(device.updater.handle_offer, interval_s=0.1)
+        await watch.take(offer)
+        checking = asyncio.create_task(watch.keep_checking())
+        async with asyncio.timeout(30):
+            while not device.events:  # noqa: ASYNC110 - the updater has no reason to tell a test
+                await asyncio.sleep(0.05)
+        checking.cancel()
+        await asyncio.wait({checking})
+        await device.updater.close()
+
+    asyncio.run(freeze())
+    assert "timestamp.json is expired" in device.last_message
+    assert device.version == 1
 
 
 def test_half_an_offer_is_refused_and_the_whole_one_still_works(server: ReleaseServer, device: Device) -> None:

@@ -1,4 +1,4 @@
-"""Every layer, loss and way of use: the derived step against Opacus where it has the layer, and against autograd."""
+"""Every layer, loss and way of use: the steps of both engines, derived and Opacus's, against autograd and each other."""
 
 import copy
 import math
@@ -10,19 +10,21 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from opacus.grad_sample import GradSampleModule
 from torch import nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fl_server.errors import DefinitionError
 from fl_server.packaging.decompositions import DECOMPOSITIONS
 from fl_server.packaging.export import export_architecture
-from fl_server.packaging.losses import build_sample_losses, build_target_spec
 from fl_server.packaging.per_sample import build_per_sample_step
+from fl_server.packaging.source import check_opacus_step, load_source
 from fl_server.packaging.training_step import derive_training_step
 from models.definitions import ModelDefinition, TensorSpec
+from models.definitions.losses import build_sample_losses, build_target_spec
+from models.definitions.opacus_step import build_opacus_step
 
 ROWS = 5
 
@@ -133,57 +135,52 @@ def cross_attention(layer, x):
     return layer(x, x.flip(1), x * 2, attn_mask=ahead, key_padding_mask=padding)[0]
 
 
-# By name: module, shape of a row, does Opacus have a rule for all of it.
+# By name: module, shape of a row.
 BOOK_KEPT = {
-    "rows": (lambda: nn.Sequential(nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, 2)), (6,), True),
-    "short sequence": (lambda: Around(nn.Linear(16, 16), 32), (2, 16), True),
-    "long sequence": (lambda: Around(nn.Linear(3, 4), 36), (9, 3), True),
-    "images of rows": (lambda: Around(nn.Linear(3, 4, bias=False), 24), (2, 3, 3), True),
-    "Conv1d": (lambda: Around(nn.Conv1d(3, 4, 3), 24), (3, 8), True),
+    "rows": (lambda: nn.Sequential(nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, 2)), (6,)),
+    "short sequence": (lambda: Around(nn.Linear(16, 16), 32), (2, 16)),
+    "long sequence": (lambda: Around(nn.Linear(3, 4), 36), (9, 3)),
+    "images of rows": (lambda: Around(nn.Linear(3, 4, bias=False), 24), (2, 3, 3)),
+    "Conv1d": (lambda: Around(nn.Conv1d(3, 4, 3), 24), (3, 8)),
     "Conv1d strided, dilated, grouped": (
         lambda: Around(nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2), 30),
         (4, 9),
-        True,
     ),
-    "Conv2d same": (lambda: Around(nn.Conv2d(2, 3, (2, 3), padding="same"), 60), (2, 4, 5), True),
-    "Conv2d valid, strided": (lambda: Around(nn.Conv2d(2, 4, 3, stride=(2, 1), padding="valid"), 24), (2, 6, 5), True),
-    "Conv2d dilated, depthwise": (lambda: Around(nn.Conv2d(3, 6, 3, dilation=2, padding=1, groups=3), 54), (3, 5, 5), True),
-    "Conv2d without bias, few positions": (lambda: Around(nn.Conv2d(6, 8, 3, bias=False), 8), (6, 3, 3), True),
-    "Embedding": (lambda: Tokens(nn.Embedding(9, 4)), "tokens", True),
-    "Embedding padded, used twice": (lambda: Tokens(nn.Embedding(9, 4, padding_idx=2), uses=2), "tokens", False),
-    "LayerNorm": (lambda: Around(nn.LayerNorm(6), 6), (6,), True),
-    "LayerNorm over two axes without bias": (lambda: Around(nn.LayerNorm((3, 4), bias=False), 24), (2, 3, 4), False),
-    "RMSNorm": (lambda: Around(nn.RMSNorm(5), 15), (3, 5), False),
-    "GroupNorm": (lambda: Around(nn.GroupNorm(2, 4), 36), (4, 3, 3), True),
-    "InstanceNorm1d": (lambda: Around(nn.InstanceNorm1d(3, affine=True), 15), (3, 5), True),
-    "InstanceNorm2d": (lambda: Around(nn.InstanceNorm2d(3, affine=True), 36), (3, 3, 4), True),
-    "layers used twice": (Reused, (3, 6), False),
-    "rows used twice": (ReusedRows, (6,), False),
-    "overlapping max pool": (lambda: Around(nn.Conv2d(1, 2, 3), 8, lambda c, x: functional.max_pool2d(c(x), 3, 2)), (1, 7, 7), True),
+    "Conv2d same": (lambda: Around(nn.Conv2d(2, 3, (2, 3), padding="same"), 60), (2, 4, 5)),
+    "Conv2d valid, strided": (lambda: Around(nn.Conv2d(2, 4, 3, stride=(2, 1), padding="valid"), 24), (2, 6, 5)),
+    "Conv2d dilated, depthwise": (lambda: Around(nn.Conv2d(3, 6, 3, dilation=2, padding=1, groups=3), 54), (3, 5, 5)),
+    "Conv2d without bias, few positions": (lambda: Around(nn.Conv2d(6, 8, 3, bias=False), 8), (6, 3, 3)),
+    "Embedding": (lambda: Tokens(nn.Embedding(9, 4)), "tokens"),
+    "Embedding padded, used twice": (lambda: Tokens(nn.Embedding(9, 4, padding_idx=2), uses=2), "tokens"),
+    "LayerNorm": (lambda: Around(nn.LayerNorm(6), 6), (6,)),
+    "LayerNorm over two axes without bias": (lambda: Around(nn.LayerNorm((3, 4), bias=False), 24), (2, 3, 4)),
+    "RMSNorm": (lambda: Around(nn.RMSNorm(5), 15), (3, 5)),
+    "GroupNorm": (lambda: Around(nn.GroupNorm(2, 4), 36), (4, 3, 3)),
+    "InstanceNorm1d": (lambda: Around(nn.InstanceNorm1d(3, affine=True), 15), (3, 5)),
+    "InstanceNorm2d": (lambda: Around(nn.InstanceNorm2d(3, affine=True), 36), (3, 3, 4)),
+    "layers used twice": (Reused, (3, 6)),
+    "rows used twice": (ReusedRows, (6,)),
+    "overlapping max pool": (lambda: Around(nn.Conv2d(1, 2, 3), 8, lambda c, x: functional.max_pool2d(c(x), 3, 2)), (1, 7, 7)),
     "max pool with a remainder": (
         lambda: Around(nn.Conv1d(1, 2, 2), 4, lambda c, x: functional.max_pool1d(c(x).relu(), 3)),
         (1, 9),
-        True,
     ),
     "max pool of equals": (
         lambda: Around(nn.Conv2d(1, 2, 1), 8, lambda c, x: functional.max_pool2d(c(x).round(), 2) + c(x)[..., ::2, ::2]),
         (1, 4, 4),
-        False,
     ),
-    "GRU": (lambda: Around(nn.GRU(3, 4, num_layers=2, bidirectional=True, batch_first=True), 8, last_state), (3, 3), False),
-    "LSTM": (lambda: Around(nn.LSTM(3, 4, batch_first=True), 4, last_state), (4, 3), False),
-    "RNN without bias": (lambda: Around(nn.RNN(3, 4, bias=False, batch_first=True), 4, last_state), (4, 3), False),
+    "GRU": (lambda: Around(nn.GRU(3, 4, num_layers=2, bidirectional=True, batch_first=True), 8, last_state), (3, 3)),
+    "LSTM": (lambda: Around(nn.LSTM(3, 4, batch_first=True), 4, last_state), (4, 3)),
+    "RNN without bias": (lambda: Around(nn.RNN(3, 4, bias=False, batch_first=True), 4, last_state), (4, 3)),
     "MultiheadAttention": (
         lambda: Around(nn.MultiheadAttention(6, 2, batch_first=True), 24, cross_attention),
         (4, 6),
-        False,
     ),
     "TransformerEncoderLayer": (
         lambda: Around(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), 12),
         (3, 4),
-        False,
     ),
-    "scaled dot product": (ScaledDotProduct, (3, 6), True),
+    "scaled dot product": (ScaledDotProduct, (3, 6)),
 }  # fmt: skip
 PER_SAMPLE = {
     "parameter of its own": (OwnParameter, (6,), r"the module itself \(OwnParameter\) has no rule"),
@@ -207,6 +204,9 @@ PER_SAMPLE = {
         r"\(MultiheadAttention\) has no rule",
     ),
 }
+
+
+BEYOND_OPACUS = ("behind the hook", "time first", "weights of a bias of keys")  # whose hooks see layers only
 
 
 def define(build, shape, **others):
@@ -257,15 +257,6 @@ def reference_gradients(module, losses, x, y, parameters):
     return {name: torch.stack(parts) for name, parts in zip(leaves, zip(*rows, strict=True), strict=True)}
 
 
-def opacus_gradients(module, losses, x, y, parameters):
-    module = copy.deepcopy(module).double().train()  # only then does Opacus look
-    module.load_state_dict({name: value.double() for name, value in parameters.items()})
-    sampled = GradSampleModule(module, loss_reduction="sum")
-    x, y = (array.double() if array.is_floating_point() else array for array in (x, y))
-    losses(sampled(x), y).sum().backward()
-    return {name: p.grad_sample for name, p in module.named_parameters()}
-
-
 def clip(gradients, clipping_norm):
     norms = torch.cat([g.flatten(1) for g in gradients.values()], 1).norm(dim=1)
     factor = torch.clamp(clipping_norm / norms.clamp(min=1e-30), max=1)
@@ -281,8 +272,15 @@ def assert_equal(outputs, gradients, clipping_norm):
     torch.testing.assert_close(norms, expected_norms, rtol=1e-5, atol=1e-5)
 
 
-def check_derived(module, losses, step, definition, *, with_opacus):
-    """The step, and the step as it is traced for ONNX, give the clipped sums of the reference, for drawn data."""
+def assert_same(one, other):
+    scale = max(1.0, *(float(value.abs().max()) for value in one))
+    for value, wanted in zip(one, other, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5 * scale)
+
+
+def check_derived(module, losses, step, definition, *, with_opacus=True):
+    """The step, as it is, as it is traced for ONNX, and by Opacus: all give the clipped sums of the reference."""
+    by_opacus = build_opacus_step(module, losses)
     ones = torch.ones(ROWS)
     with sdpa_kernel(SDPBackend.MATH):
         example = (*build_data(definition, 0), ones, torch.tensor(1.0), *build_parameters(module, 0).values())
@@ -304,19 +302,19 @@ def check_derived(module, losses, step, definition, *, with_opacus):
         assert_equal(step(*feeds), gradients, clipping_norm)
         assert_equal(traced(*feeds), gradients, clipping_norm)
         if with_opacus:
-            assert_equal(step(*feeds), opacus_gradients(module, losses, x, y, parameters), clipping_norm)
+            assert_equal(by_opacus(*feeds), gradients, clipping_norm)
+            assert_same(by_opacus(*feeds), traced(*feeds))
 
     check()
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook:UserWarning", "ignore:Using padding='same':UserWarning")
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 @pytest.mark.parametrize("name", BOOK_KEPT)
-def test_book_keeping_of_every_layer_gives_the_clipped_sums_of_opacus_or_autograd(name):
-    build, shape, with_opacus = BOOK_KEPT[name]
-    definition = define(build, shape)
+def test_book_keeping_of_every_layer_and_opacus_give_the_clipped_sums_of_autograd(name):
+    definition = define(*BOOK_KEPT[name])
     module, losses, step, reason = derive(definition)
     assert reason is None
-    check_derived(module, losses, step, definition, with_opacus=with_opacus)
+    check_derived(module, losses, step, definition)
 
 
 @pytest.mark.parametrize("name", PER_SAMPLE)
@@ -326,15 +324,21 @@ def test_what_layers_do_not_show_is_derived_sample_by_sample_and_said(name, capl
     module, losses, step, reason = derive(definition)
     assert re.search(expected_reason, reason)
     assert "one gradient a sample, which is slower than book-keeping" in caplog.text
-    check_derived(module, losses, step, definition, with_opacus=False)
+    check_derived(module, losses, step, definition, with_opacus=name not in BEYOND_OPACUS)
+
+
+@pytest.mark.parametrize("name", BEYOND_OPACUS)
+def test_what_opacus_takes_no_gradient_of_each_sample_of_is_refused(name):
+    build, shape, _ = PER_SAMPLE[name]
+    with pytest.raises(DefinitionError, match=r"differs from one backward pass|Opacus has no gradients of each sample"):
+        check_opacus_step(load_source(define(build, shape)))
 
 
 @pytest.mark.parametrize(
     "name", ["rows", "short sequence", "Conv2d same", "Embedding", "GroupNorm", "layers used twice"]
 )
 def test_one_gradient_a_sample_and_book_keeping_give_the_same_step(name):
-    build, shape, _ = BOOK_KEPT[name]
-    definition = define(build, shape)
+    definition = define(*BOOK_KEPT[name])
     module, losses, step, _ = derive(definition)
     x, y = build_data(definition, 3)
     feeds = (x, y, torch.tensor([1.0, 0, 1, 1, 0]), torch.tensor(0.7), *build_parameters(module, 3).values())
@@ -364,11 +368,11 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_gives_the_clipped_sums_of_autograd(name):
+def test_every_loss_gives_the_clipped_sums_of_autograd_by_both_engines(name):
     definition = LOSSES[name]
     module, losses, step, reason = derive(definition)
     assert reason is None
-    check_derived(module, losses, step, definition, with_opacus=False)
+    check_derived(module, losses, step, definition)
 
 
 class Everything(nn.Module):

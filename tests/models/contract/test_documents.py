@@ -35,6 +35,7 @@ from models.contract.manifest import (
 from models.contract.messages import MESSAGE_MAX_BYTES, Ack, Event, EventKind, Status, Telemetry
 from models.contract.offer import build_offer, parse_offer
 from models.contract.privacy import PrivacyPlan, PrivacyStatement, TrainingPlan, Unit
+from models.contract.terms import ReleaseTerms, Split, build_terms, parse_terms
 from models.contract.topics import parse_device_topic
 from models.tensors.features import Feature, Tokens
 from models.tensors.layout import Layout
@@ -158,6 +159,15 @@ DOCUMENTS: dict[str, tuple[bytes, Callable[[bytes], Any], Any]] = {
         lambda data: parse_json(data, RunNotice),
         notice,
     ),
+    "release_terms": (
+        build_canonical(
+            build_terms(
+                terms := ReleaseTerms(role="challenger", version=4, split=Split(weight=Decimal("0.1"), shadow=False))
+            )
+        ),
+        lambda data: parse_terms(parse_json(data, Any)),
+        terms,
+    ),
 }
 PARSERS = [parse for _, parse, _ in DOCUMENTS.values()] + [
     parse_offer,
@@ -220,6 +230,26 @@ def test_an_offer_carries_its_files_and_refuses_bombs_and_strange_names() -> Non
     named = zstandard.compress(b'{"schema_version":1,"metadata":{"../../etc/passwd":"x"}}')
     with pytest.raises(MalformedError, match="no name"):
         parse_offer(named)
+
+
+def test_terms_without_a_role_are_those_of_an_earlier_release_and_a_split_is_a_challengers() -> None:
+    assert parse_terms({"version": 3}) == ReleaseTerms(version=3)
+    assert build_terms(ReleaseTerms(role="champion", version=3)) == {
+        "schema_version": 1,
+        "role": "champion",
+        "version": 3,
+    }
+    split = {"weight": "0.1", "shadow": False}
+    for custom, reason in (
+        ({"version": 3, "role": "challenger"}, "has a split"),
+        ({"version": 3, "role": "champion", "split": split}, "only a challenger"),
+        ({"version": 3, "role": "challenger", "split": split | {"shadow": True}}, "not both"),
+        ({"version": 3, "role": "challenger", "split": {"weight": "1.5"}}, "must be in 0..1"),
+        ({"version": 3, "role": "challenger", "split": {"weight": "NaN"}}, "must be in 0..1"),
+        (None, "object"),
+    ):
+        with pytest.raises(MalformedError, match=reason):
+            parse_terms(custom)
 
 
 def test_signed_documents_hold_no_floats() -> None:

@@ -1,4 +1,4 @@
-"""Recurrent and attention layers, written out with Linear layers that book-keeping can watch.
+"""Recurrent and attention layers, written out with Linear layers that book-keeping and Opacus can watch.
 
 torch computes them in one piece, which hooks cannot see into and which has neither a batching rule nor, backwards, an
 ONNX translation. What is written out computes the same; recurrent layers grow the graph with every time step.
@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fl_server.packaging.clipping import Step
+# (x, y, mask, clipping_norm, *parameters) -> (*sums, norms)
+Step: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
 _Names: TypeAlias = dict[str, tuple[str, ...]]  # of the original -> of its parts
 _Builder: TypeAlias = Callable[[Any], tuple[nn.Module, _Names]]

@@ -9,7 +9,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
-from edge_agent.training.noise import (
+from models.tensors import noise
+from models.tensors.noise import (
     GRID_SLACK,
     Keystream,
     add_on_grid,
@@ -121,8 +122,10 @@ def test_keystream_is_aes_in_counter_mode():
     assert keystream(32) + keystream(16) == Cipher(AES(key), CTR(counter)).encryptor().update(bytes(48))
 
 
-def test_one_draw_is_normal_in_every_bin_the_layers_wedges_and_the_tails_included():
-    """Chi-square over 202 bins: beyond mean + 7 sigma less than once in 1e8 runs."""
+@pytest.mark.parametrize("spares_one_in", [noise._SPARE_ONE_IN, 1 << 30])
+def test_one_draw_is_normal_in_every_bin_the_layers_wedges_and_the_tails_included(monkeypatch, spares_one_in):
+    """Chi-square over 202 bins: beyond mean + 7 sigma less than once in 1e8 runs; with enough spare draws, and with few."""
+    monkeypatch.setattr(noise, "_SPARE_ONE_IN", spares_one_in)
     count = 4_000_000
     edges = np.concatenate([[-np.inf], np.arange(-4, 4.01, 0.04), [np.inf]])
     expected = count * np.diff([0.5 * math.erfc(-edge / math.sqrt(2)) for edge in edges])

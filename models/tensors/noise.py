@@ -22,6 +22,7 @@ Source:
 
 import math
 import os
+import threading
 from collections.abc import Callable
 from decimal import Decimal
 from typing import TypeAlias
@@ -32,14 +33,28 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 Entropy: TypeAlias = Callable[[int], bytes]  # number of bytes -> that many; only a test passes its own
 _Floats: TypeAlias = npt.NDArray[np.float64]
+_Integers: TypeAlias = npt.NDArray[np.int64]
 
-_BLOCK = 1 << 14  # draws at once: fewer, and Python shows in the time; more, and each array is mapped anew
+_BLOCK = 15 << 10  # draws at once: fewer, and Python shows in the time; more, and each array is mapped anew
 _KEY_BYTES, _COUNTER_BYTES = 32, 16
+_ZEROS = memoryview(bytes(8 * _BLOCK))
 GRID_SLACK = 2.0**-10
 
 _LAYERS = 256
 _TAIL = 3.6541528853610088  # where the lowest layer's box ends, if 256 layers have equal area
 _PLACE_BITS = 53
+_SPARE_LEAST, _SPARE_ONE_IN = 32, 64  # draws beyond those asked for: one in 150 must be replaced
+
+
+class _Scratch(threading.local):
+    """Arrays that a thread keeps for its draws: the system would else map and clear new ones, which takes longer."""
+
+    def __init__(self) -> None:
+        self.integers, self.is_outside = np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.bool_)
+        self.floats, self.ends = np.empty(_BLOCK), np.empty(_BLOCK)
+
+
+_SCRATCH = _Scratch()
 
 
 class Keystream:
@@ -50,7 +65,7 @@ class Keystream:
         self._cipher = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor()
 
     def __call__(self, size: int) -> bytes:
-        return self._cipher.update(bytes(size))
+        return self._cipher.update(_ZEROS[:size] if size <= len(_ZEROS) else bytes(size))
 
 
 def draw_gaussian(count: int, standard_deviation: float, entropy: Entropy = os.urandom) -> _Floats:
@@ -61,10 +76,7 @@ def draw_gaussian(count: int, standard_deviation: float, entropy: Entropy = os.u
         standard_deviation: Of each.
         entropy: Gives the key of the bits.
     """
-    keystream = Keystream(entropy)
-    values = np.empty(count)
-    for start in range(0, count, _BLOCK):
-        values[start : start + _BLOCK] = draw_normal(min(_BLOCK, count - start), keystream)
+    values = draw_normal(count, Keystream(entropy))
     values *= standard_deviation
     return values
 
@@ -96,32 +108,57 @@ def draw_poisson(count: int, sampling_rate: Decimal, entropy: Entropy = os.urand
 
 def draw_normal(count: int, entropy: Entropy) -> _Floats:
     """Return `count` independent values of N(0, 1), one draw each, by the ziggurat."""
-    values, undecided = _draw_from_layers(count, entropy)
-    while undecided.size:
-        values[undecided], again = _draw_from_layers(undecided.size, entropy)
-        undecided = undecided[again]
-    return values
+    spare = _SPARE_LEAST + count // _SPARE_ONE_IN
+    values = np.empty(count + spare)
+    rejected = _keep_under_density(values, *_draw_from_layers(values, entropy), entropy)
+    is_kept = np.ones(len(values), np.bool_)
+    is_kept[rejected] = False
+    spares = count + np.flatnonzero(is_kept[count:])
+    rejected = rejected[: rejected.searchsorted(count)]
+    replaced, left = rejected[: len(spares)], rejected[len(spares) :]
+    values[replaced] = values[spares[: len(replaced)]]
+    if left.size:
+        values[left] = draw_normal(left.size, entropy)
+    return values[:count]
 
 
-def _draw_from_layers(count: int, entropy: Entropy) -> tuple[_Floats, npt.NDArray[np.intp]]:
-    """Return one draw each, and the indices of those that must be drawn again.
+def _draw_from_layers(values: _Floats, entropy: Entropy) -> tuple[_Integers, _Integers]:
+    """Fill `values` with one draw each; return the indices of those that a height must decide on, and their layers.
 
     Of 64 bits, 8 choose one of 256 layers of equal area under the density, and 54 a place across it, sign included.
-    Most places lie under the density at any height of their layer; only for the others is a height drawn.
+    Most places lie under the density at any height of their layer.
     """
-    bits = np.frombuffer(entropy(8 * count), np.dtype("<i8"))
-    layers = bits & (_LAYERS - 1)
-    places = bits >> (64 - _PLACE_BITS - 1)  # in [-2^53, 2^53), exact in float64
-    values: _Floats = places * _SCALES.take(layers)
-    outside = np.flatnonzero(np.abs(values) >= _EDGES.take(layers + 1))
-    layers = layers[outside]
+    outside, outside_layers = [], []
+    for start in range(0, len(values), _BLOCK):
+        block = values[start : start + _BLOCK]
+        integers, is_outside = _SCRATCH.integers[: len(block)], _SCRATCH.is_outside[: len(block)]
+        floats, ends = _SCRATCH.floats[: len(block)], _SCRATCH.ends[: len(block)]
+        bits = np.frombuffer(entropy(8 * len(block)), np.dtype("<i8"))
+        np.bitwise_and(bits, _LAYERS - 1, out=integers)
+        _SCALES.take(integers, out=floats, mode="clip")
+        _ENDS.take(integers, out=ends, mode="clip")
+        np.right_shift(bits, 64 - _PLACE_BITS - 1, out=integers)  # in [-2^53, 2^53), exact in float64
+        np.copyto(block, integers)
+        np.multiply(block, floats, out=block)
+        np.abs(block, out=floats)
+        found = np.greater_equal(floats, ends, out=is_outside).nonzero()[0]
+        outside.append(found + start)
+        outside_layers.append(bits[found] & (_LAYERS - 1))
+    return np.concatenate(outside), np.concatenate(outside_layers)
+
+
+def _keep_under_density(values: _Floats, outside: _Integers, layers: _Integers, entropy: Entropy) -> _Integers:
+    """Decide on the draws of `layers` at the indices `outside`; return the indices to be drawn again.
+
+    Those of the lowest layer are replaced by values of the tail.
+    """
     in_tail = outside[layers == 0]
     if in_tail.size:
         values[in_tail] = np.copysign(_draw_tail(in_tail.size, entropy), values[in_tail])
     low, high = _DENSITIES.take(layers), _DENSITIES.take(layers + 1)
     heights = low + (high - low) * _draw_uniform(outside.size, entropy)
     is_above = heights >= np.exp(-0.5 * values[outside] ** 2)
-    return values, outside[is_above & (layers > 0)]
+    return outside[is_above & (layers > 0)]
 
 
 def _draw_tail(count: int, entropy: Entropy) -> _Floats:
@@ -159,4 +196,4 @@ def _build_layers() -> tuple[_Floats, _Floats]:
 
 
 _EDGES, _DENSITIES = _build_layers()
-_SCALES = _EDGES[:-1] * 2.0**-_PLACE_BITS
+_SCALES, _ENDS = _EDGES[:-1] * 2.0**-_PLACE_BITS, _EDGES[1:]

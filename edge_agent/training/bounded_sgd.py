@@ -1,0 +1,67 @@
+"""Training on one device for the privacy unit `device`: plain SGD or Adam, and one clip over the whole update.
+
+There is no noise in it: the coordinator adds it to the sum of a cohort. Nothing here protects anybody from the
+coordinator, so the owner has to have said that it is trusted.
+
+Source:
+    McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models", arXiv:1710.06963, Algorithm 1.
+"""
+
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_agent.training.dp_sgd import Sampler
+from edge_agent.training.optimizers import build_optimizer
+from edge_agent.training.step import Step
+from models.contract.privacy import PrivacyPlan, TrainingPlan
+from models.tensors.layout import Vector
+from models.tensors.norms import clip_norm
+
+_UNBOUNDED = 1e6  # of one sample's gradient: the step clips, and nothing that trains well is so long
+
+
+def bounded_training(
+    step: Step,
+    x: npt.NDArray[Any],
+    y: npt.NDArray[Any],
+    parameters: Vector,
+    privacy: PrivacyPlan,
+    training: TrainingPlan,
+    sampler: Sampler,
+) -> Vector:
+    """Return the update of one round, shape (n,), float32, of L2 norm `clipping_norm` at most.
+
+    Args:
+        step: Of the version that is trained.
+        x: All samples, first axis the sample; may be empty.
+        y: Their targets.
+        parameters: Where to start, shape (n,). Not modified.
+        privacy: Of unit device.
+        training: Steps, expected batch, optimiser.
+        sampler: Draws who takes part in a step.
+
+    Raises:
+        StalledError: The step fails.
+    """
+    rate = min(training.expected_batch / max(len(x), 1), Decimal(1))
+    optimizer = build_optimizer(training, step.size)
+    pull = np.float32(training.proximal_mu * training.expected_batch)
+    moved, current = np.zeros_like(parameters), parameters.copy()
+    with np.errstate(over="ignore", invalid="ignore"):  # a warning would tell of the samples, too
+        for _ in range(training.steps):
+            drawn = np.flatnonzero(sampler(len(x), rate))
+            total = step.clipped_sum(x[drawn], y[drawn], _UNBOUNDED, current)
+            if len(x) < training.expected_batch:
+                total *= float(training.expected_batch) / max(len(x), 1)  # all samples are a batch of their own size
+            gradient = total.astype(np.float32)
+            if pull:
+                np.add(gradient, pull * moved, out=gradient)
+            optimizer(gradient)
+            np.subtract(moved, gradient, out=moved)
+            np.add(parameters, moved, out=current)
+    if not np.isfinite(moved).all():
+        return np.zeros_like(moved)  # training diverged; to say so would tell of the samples, and nobody noises a word
+    return clip_norm(moved, float(privacy.clipping_norm))

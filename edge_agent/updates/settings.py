@@ -1,0 +1,26 @@
+"""What the parts that follow releases are told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdaterSettings:
+    """What an updater is told.
+
+    Attributes:
+        trains: Whether this device needs the graphs it trains with.
+        deadline_s: For the fetch of one release, all of its files together.
+        window: Chunks asked for at once.
+        trial_timeout_s: A version that is not healthy by then hangs.
+        retry_delay_s: Before the first retry.
+    """
+
+    fleet: str
+    model: str
+    state_dir: Path
+    trains: bool
+    deadline_s: float = 120.0
+    window: int = 4
+    trial_timeout_s: float = 60.0
+    retry_delay_s: float = 5.0
