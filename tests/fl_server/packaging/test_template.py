@@ -93,6 +93,18 @@ def test_template_with_its_weights_answers_as_the_int8_graph_that_it_was(exporte
         np.testing.assert_array_equal(*(session.run(None, {"features": x})[0] for session in (whole, split)))
 
 
+def test_weights_that_outgrow_their_scales_are_clipped_at_seven_bits(exports, tmp_path):
+    exported = exports("mlp")
+    graph = build_with_parameters(load_graph(exported.architecture.float_path), exported.build_parameters(0))
+    quantize(graph, exported.build_data(1)[0], "static", tmp_path / "int8.onnx")
+    template, _ = split_weights(load_graph(tmp_path / "int8.onnx"), prepare_graph(graph, "static"))
+    grown = build_with_parameters(graph, nudge(exported.build_parameters(0), -2.0))
+    weights, clipped = build_weights(template, prepare_graph(grown, "static"))
+    codes = np.frombuffer(weights, np.int8)[-(16 * 13 + 3 * 16) :]  # behind the biases, which are longer
+    assert (codes.min(), codes.max()) == (-64, 64)
+    assert 0.2 < clipped < 1
+
+
 @pytest.mark.parametrize("name", ["mlp", "text", "sequence"])
 def test_parameters_that_outgrow_the_scales_are_calibrated_anew(exports, tmp_path, caplog, name):
     exported = exports(name)
