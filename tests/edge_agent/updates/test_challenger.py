@@ -207,7 +207,7 @@ def test_owner_with_a_challenger_keeps_it_and_says_so_once(
 def sign_custom(server: ReleaseServer, version: Path, custom: object) -> bytes:
     """Return an offer whose challenger is signed with any `custom`."""
     data = (version / MANIFEST_NAME).read_bytes()
-    state = server.repository._load()
+    state = server.repository._store.load()
     path = build_release_target("digits", "challenger")
     entry = FileEntry(digest=build_digest(data), size_bytes=len(data))
     state.targets[ROLE_RELEASES].targets[path] = _build_target(path, entry, custom)
