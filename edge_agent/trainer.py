@@ -104,16 +104,22 @@ def train(job: TrainingJob, *, report: Callable[[TrainingEvent], None]) -> None:
             poll_interval_s=job.poll_interval_s,
             idle_timeout_s=job.idle_timeout_s,
             handle=session.handle,
-            on_joined=lambda: report(
-                TrainingEvent(
-                    event="joined",
-                    message=f"joined run {job.run!r}",
-                    round=max((entry.round for entry in ledger.entries if entry.run == job.run), default=0),
-                    ledger=ledger.head,
-                )
-            ),
+            on_joined=lambda: report(_build_joined(ledger, job.run)),
         )
     report(TrainingEvent(event="ended", message=f"no message of run {job.run!r} for {job.idle_timeout_s:g} s"))
+
+
+def _build_joined(ledger: Ledger, run: str) -> TrainingEvent:
+    rounds = [entry.round for entry in ledger.entries if entry.run == run]
+    # Which rounds stand in what was taken from the coordinator's copy is not known here: told back to it, they would be
+    # added to it once more.
+    is_known = bool(rounds) or not any(entry.restored_from for entry in ledger.entries)
+    return TrainingEvent(
+        event="joined",
+        message=f"joined run {run!r}",
+        round=max(rounds, default=0),
+        ledger=ledger.head if is_known else None,
+    )
 
 
 def _restore(ledger: Ledger, job: TrainingJob) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fl_server.fleet.roster import Roster, RosterError
 from fl_server.rounds.run import SPEC_NAME, RunSpec, build_round_dir, load_checkpoints, load_spec
-from fl_server.rounds.spool import list_spooled
+from fl_server.rounds.spool import UPDATES_NAME, list_spooled
 from models.contract.ledger import Spent
 from models.contract.privacy import Unit
 
@@ -38,7 +38,7 @@ def keep_spent(roster: Roster, spec: RunSpec, round_number: int, device_ids: Ite
 
 def keep_spooled(roster: Roster, spec: RunSpec, run_dir: Path, round_number: int) -> None:
     """Keep in `roster` whose updates a round has that is not complete, and may never be."""
-    keep_spent(roster, spec, round_number, list_spooled(build_round_dir(run_dir, round_number) / "updates"))
+    keep_spent(roster, spec, round_number, list_spooled(build_round_dir(run_dir, round_number) / UPDATES_NAME))
 
 
 def recover_spent(roster: Roster, runs_dir: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fl_server.announcer import Announcer
 from fl_server.children import running
-from fl_server.claim import build_claim, check_unit
+from fl_server.claim import BASE_NAME, build_claim, check_unit, load_base
 from fl_server.config import ServerSettings
 from fl_server.directory import Directory
 from fl_server.errors import RunError, ServerError
@@ -32,12 +32,11 @@ from fl_server.spent import keep_spent, keep_spooled
 from fl_server.superlink import SuperLink
 from models.contract.encoding import build_json, parse_json
 from models.contract.files import save_atomically
-from models.contract.manifest import PARAMETERS_NAME, Lineage, parse_manifest
+from models.contract.manifest import PARAMETERS_NAME, Lineage
 from models.contract.messages import Event as DeviceEvent
 from models.contract.messages import EventKind
 from models.contract.privacy import PrivacyPlan, Unit
 
-BASE_NAME = "base.json"  # the manifest of the version that the run starts from
 OUTCOME_NAME = "outcome.json"
 DRIVER_RESTARTS = 5  # of one that was killed, without a completed round between; one that reports an error has ended
 DRIVER_PAUSE_S = 1.0
@@ -164,8 +163,8 @@ class TrainingRun:
         return devices
 
     def _create(self, devices: dict[str, int]) -> None:
-        check_unit(self._run_dir.parent, self._request.model, self._request.unit)
         champion, architecture = self._services.releases.load_champion(self._request.model)
+        check_unit(self._run_dir.parent, champion.load_manifest(), self._request.unit)
         layout = architecture.training.layout
         spec = build_spec(
             self._run,
@@ -248,10 +247,10 @@ class TrainingRun:
             )
 
     async def _consider(self, spec: rounds.RunSpec, event: RoundCompleted) -> Outcome:
-        base = parse_manifest((self._run_dir / BASE_NAME).read_bytes())
+        base = load_base(self._run_dir)
         earlier = [self._load_outcome(number).version for number in range(1, event.round)]
         parent = max((version for version in earlier if version is not None), default=base.version)
-        statement = await asyncio.to_thread(build_claim, self._run_dir.parent, spec, event.round, base)
+        statement = await asyncio.to_thread(build_claim, self._run_dir.parent, spec, event.round)
         verdict = await self._services.releases.consider(
             spec.model,
             spec.layout.unflatten(rounds.load_parameters(self._run_dir, spec.layout, event.round)),

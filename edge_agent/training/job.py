@@ -83,7 +83,8 @@ class TrainingEvent:
         message: One line for a person.
         epsilon: Spent in total on this model, a decimal number.
         round: It is about; of "joined" the last that was charged in the run, 0 before the first.
-        ledger: What the ledger comes to; of "trained", told before the update leaves, and of "joined".
+        ledger: What the ledger comes to; of "trained", told before the update leaves, and of "joined",
+            unless it was restored and the run has charged nothing since.
     """
 
     event: Literal["joined", "trained", "resent", "refused", "order_refused", "ended"]

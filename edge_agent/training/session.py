@@ -63,10 +63,10 @@ class TrainingSession:
                 now_s=self.now_s(),
             )
             self._check_fits(order, parameters)
+            self._check_trusted(order.privacy)
             stored = self.updates.find(order.run, order.round)
             if stored is None:
                 check_not_replayed(order, self.ledger.entries)
-                self._check_trusted(order.privacy)
                 return self._train(order, parameters)
         except ContractError as error:
             self.report(TrainingEvent(event="order_refused", message=str(error)))
@@ -96,7 +96,8 @@ class TrainingSession:
         self.ledger.spend(spend, limits, at=int(self.now_s()))
         trained = self.train(parameters, order.privacy, order.training)
         update = encode_update(trained, order.training.uplink, np.random.default_rng())
-        self.updates.save(order.run, order.round, update)
+        if order.privacy.unit is Unit.SAMPLE:  # without noise on it, it is not left lying: the retry is paid for, too
+            self.updates.save(order.run, order.round, update)
         self._report("trained", f"round {order.round} of run {order.run!r} trained", order)
         return update
 

@@ -19,7 +19,7 @@ def main() -> int:
         Driver(arguments.run_dir, words=Words(sys.stdin), emit=_emit).run()
     except (StoppedError, BrokenPipeError):
         return 0
-    except ServerError as error:
+    except (ServerError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

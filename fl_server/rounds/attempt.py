@@ -19,7 +19,7 @@ from fl_server.rounds.mechanism import (
 from fl_server.rounds.quorum import Decision, decide_round
 from fl_server.rounds.robust import aggregate
 from fl_server.rounds.run import RunSpec
-from fl_server.rounds.spool import Spool
+from fl_server.rounds.spool import UPDATES_NAME, Spool
 from models.contract.privacy import PrivacyPlan, Unit
 from models.tensors.layout import Vector
 from models.tensors.noise import Entropy
@@ -39,7 +39,7 @@ class Attempt:
         self._spec, self._privacy, self.number, self.cohort = spec, privacy, number, cohort
         self.quorum = min(spec.quorum, len(cohort))
         self._started = time.monotonic()
-        self.spool = Spool(directory / "updates", spec.layout.size)
+        self.spool = Spool(directory / UPDATES_NAME, spec.layout.size)
         self.fold = SumFold(spec.layout.size)
         self._uncut = 0
         for update in self.spool.read():
@@ -51,7 +51,9 @@ class Attempt:
         return time.monotonic() - self._started
 
     def ask(self, online: dict[str, int]) -> None:
-        self.waiting = {node: name for name, node in online.items() if name not in self.spool.devices}
+        """Wait for the updates of these devices, by name, from now on."""
+        self._started = time.monotonic()
+        self.waiting = {node: name for name, node in online.items()}
 
     def take(self, reply: Reply) -> UpdateRefused | None:
         """Count the reply, if it may count; return why it does not."""
@@ -133,4 +135,4 @@ class Attempt:
     def _count(self, update: Vector) -> None:
         self.fold.add(update)
         if self._spec.clipping_quantile is not None:
-            self._uncut += is_uncut(l2_norm(update), float(self._privacy.clipping_norm))
+            self._uncut += is_uncut(l2_norm(update), float(self._privacy.clipping_norm), self._spec.training.uplink)

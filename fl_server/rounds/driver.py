@@ -45,7 +45,7 @@ from fl_server.rounds.run import (
     save_moments,
     save_sequence,
 )
-from fl_server.rounds.spool import Spool
+from fl_server.rounds.spool import UPDATES_NAME, Spool, list_spooled
 from models.contract.encoding import build_digest
 from models.contract.envelope import TrainOrder, build_envelope
 from models.contract.privacy import Unit
@@ -135,7 +135,7 @@ class Driver:
         self._open_exchange = open_exchange or _open_session
         self._spec = load_spec(run_dir)
         self._key = _load_order_key(Path(self._spec.order_key_path))
-        checkpoint = load_checkpoint(run_dir)
+        checkpoint = load_checkpoint(run_dir, only_newest=self._spec.privacy.unit is Unit.DEVICE)
         self._completed = checkpoint.round if checkpoint else 0
         self._parameters = load_parameters(run_dir, self._spec.layout, self._completed)
         self._privacy, self._moments = self._spec.privacy, begin_moments(self._spec.optimizer, self._spec.layout.size)
@@ -174,7 +174,9 @@ class Driver:
 
     def _join(self, session: Exchange) -> None:
         devices = self._spec.devices
-        online = self._await_devices(session, set(devices.values()), wanted=len(devices), quorum=self._spec.quorum)
+        updates_dir = build_round_dir(self._run_dir, self._completed + 1) / UPDATES_NAME
+        quorum = max(0, self._spec.quorum - len(list_spooled(updates_dir)))
+        online = self._await_devices(session, set(devices.values()), wanted=len(devices), quorum=quorum)
         self._emit(Joined(devices=tuple(sorted(name for name, node in self._spec.devices.items() if node in online))))
 
     def _await_devices(self, session: Exchange, nodes: set[int], *, wanted: int, quorum: int) -> set[int]:
@@ -205,11 +207,12 @@ class Driver:
             self._words.wait_for_permit()
             self._is_permitted = True
         cohort = self._choose_cohort(self._completed + 1)
-        quorum = min(self._spec.quorum, len(cohort))
-        online = self._await_devices(session, set(cohort.values()), wanted=quorum, quorum=quorum)
         directory = build_round_dir(self._run_dir, self._completed + 1)
         attempt = Attempt(self._spec, self._privacy, self._completed + 1, directory, cohort=cohort)
-        attempt.ask({name: node for name, node in cohort.items() if node in online})
+        left = {name: node for name, node in cohort.items() if name not in attempt.spool.devices}
+        quorum = max(0, attempt.quorum - attempt.fold.count)
+        online = self._await_devices(session, set(left.values()), wanted=quorum, quorum=quorum)
+        attempt.ask({name: node for name, node in left.items() if node in online})
         if self._exchange(session, attempt) is Decision.COMPLETE:
             self._complete(attempt)
         else:
@@ -225,6 +228,8 @@ class Driver:
         if cohort is None:
             cohort = draw_cohort(devices, self._privacy.sampling_rate, self._entropy)
             save_cohort(self._run_dir, number, cohort)
+        if unknown := set(cohort) - devices.keys():
+            raise RunError(f"round {number} was drawn for {min(unknown)!r}, which is none of the run's devices")
         return {name: devices[name] for name in cohort}
 
     def _exchange(self, session: Exchange, attempt: Attempt) -> Decision:
@@ -264,7 +269,7 @@ class Driver:
         self._conclude(checkpoint)
 
     def _conclude(self, checkpoint: Checkpoint) -> None:
-        Spool(build_round_dir(self._run_dir, checkpoint.round) / "updates", self._spec.layout.size).clear()
+        Spool(build_round_dir(self._run_dir, checkpoint.round) / UPDATES_NAME, self._spec.layout.size).clear()
         self._emit(
             RoundCompleted(
                 round=checkpoint.round,

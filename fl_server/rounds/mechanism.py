@@ -17,12 +17,15 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from models.contract.privacy import PrivacyPlan
+from models.contract.privacy import PrivacyPlan, Uplink
 from models.tensors.noise import GRID_SLACK, Entropy, add_on_grid, build_grid, draw_gaussian, draw_poisson
 
 _Floats: TypeAlias = npt.NDArray[np.float64]
 
-_CUT = 1 - 1e-4  # of C: an update so long was cut by it, as float32 and int8 leave it
+_CUT: dict[Uplink, float] = {
+    "float32": 1 - 1e-4,
+    "int8": 0.98,
+}  # of C: an update so long was cut by it, as the uplink's rounding leaves it
 _RATE = 0.2
 _COUNT_NOISE_SHARE = 1 / 20  # of the expected cohort: the deviation of the noise on the count, as the paper has it
 _SENSITIVITY = 1 + GRID_SLACK
@@ -64,9 +67,9 @@ def noise_sum(total: _Floats, *, clipping_norm: float, noise_multiplier: float, 
     add_on_grid(total, noise, build_grid(total.size, clipping_norm))
 
 
-def is_uncut(norm: float, clipping_norm: float) -> bool:
-    """Return whether an update of L2 norm `norm` is one that `clipping_norm` did not cut."""
-    return norm < _CUT * clipping_norm
+def is_uncut(norm: float, clipping_norm: float, uplink: Uplink = "float32") -> bool:
+    """Return whether an update that arrived with L2 norm `norm` is one that `clipping_norm` did not cut."""
+    return norm < _CUT[uplink] * clipping_norm
 
 
 def adapt_clipping_norm(

@@ -167,23 +167,44 @@ def load_parameters(run_dir: Path, layout: Layout, number: int) -> Vector:
         raise RunError(f"{path}: {error}") from error
 
 
-def load_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """Return the newest completed round whose parameters are whole, or None before the first."""
+def load_checkpoint(run_dir: Path, *, only_newest: bool = False) -> Checkpoint | None:
+    """Return the newest completed round whose parameters are whole, or None before the first.
+
+    Args:
+        run_dir: Of the run.
+        only_newest: Whether to go on from an older round is wrong: what came of the newest was seen.
+
+    Raises:
+        RunError: The newest completed round is damaged, and no other will do.
+    """
+    completed = max(_list_completed(run_dir), default=0)
     for checkpoint in load_checkpoints(run_dir):
+        if only_newest and checkpoint.round != completed:
+            break
         try:
             parameters = (build_round_dir(run_dir, checkpoint.round) / PARAMETERS_NAME).read_bytes()
         except OSError:
             continue
         if build_digest(parameters) == checkpoint.parameters_digest:
             return checkpoint
+    if only_newest and completed:
+        raise RunError(
+            f"{build_round_dir(run_dir, completed)} is damaged: round {completed} would be released a second time, with "
+            "other noise, and was paid for once"
+        )
     return None
 
 
 def load_checkpoints(run_dir: Path) -> Iterator[Checkpoint]:
     """Yield the completed rounds, newest first; one that cannot be read is left out."""
-    for path in sorted((run_dir / "rounds").glob(f"[0-9]*/{CHECKPOINT_NAME}"), reverse=True):
+    for number in sorted(_list_completed(run_dir), reverse=True):
         with contextlib.suppress(OSError, ContractError):
+            path = build_round_dir(run_dir, number) / CHECKPOINT_NAME
             yield parse_json(path.read_bytes(), Checkpoint, max_bytes=SPEC_MAX_BYTES)
+
+
+def _list_completed(run_dir: Path) -> list[int]:
+    return [int(path.parent.name) for path in (run_dir / "rounds").glob(f"[0-9]*/{CHECKPOINT_NAME}")]
 
 
 def save_checkpoint(

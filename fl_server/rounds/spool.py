@@ -13,6 +13,7 @@ from models.tensors.layout import Vector, build_vector_bytes
 
 Matrix: TypeAlias = npt.NDArray[np.float32]
 
+UPDATES_NAME = "updates"  # of the folder, in a round's
 _SUFFIX = ".f32"
 
 

@@ -206,6 +206,9 @@ def test_update_without_noise_leaves_only_if_the_owner_has_said_that_the_coordin
         assert (device.events[0].event, device.trained, device.ledger.entries) == ("refused", 0, ())
     with Device(tmp_path / "device", orders, trusts_coordinator=True) as device:
         assert device.handle(envelope) is not None
+    assert list((tmp_path / "device" / "updates").iterdir()) == []  # it is not left lying on the disk
+    with Device(tmp_path / "device", orders) as device:  # trusted no more
+        assert device.handle(orders.build(1, PARAMETERS, privacy=build_privacy(unit=Unit.DEVICE))) is None
 
 
 def test_run_of_the_device_unit_is_charged_as_a_whole_and_once(tmp_path, orders):

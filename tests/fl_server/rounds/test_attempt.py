@@ -36,6 +36,7 @@ from fl_server.rounds.run import (
     load_parameters,
     save_cohort,
 )
+from fl_server.rounds.spool import UPDATES_NAME, Spool
 from models.contract.encoding import build_digest
 from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
 from models.tensors.layout import Layout, Vector
@@ -293,6 +294,19 @@ def test_driver_killed_at_any_point_goes_on_with_the_same_cohort_and_publishes_o
         if not outcome.crashed:
             break
     assert crash_at > 20
+
+
+def test_round_whose_updates_are_on_disk_is_completed_without_the_devices_that_are_left(tmp_path: Path) -> None:
+    spec = build_device_spec(tmp_path, quorum=4, join_timeout_s=1e-9)
+    create_run(tmp_path, spec, np.zeros(SIZE, np.float32))
+    save_cohort(tmp_path, 1, NAMES)
+    spool = Spool(build_round_dir(tmp_path, 1) / UPDATES_NAME, SIZE)
+    for name, update in draw_updates(NAMES[:4]).items():
+        spool.add(name, update)
+    devices = Devices({})
+    devices.list_online = set[int]  # type: ignore[method-assign]
+    [completed] = [event for event in drive(tmp_path, devices) if event.event == "round"]
+    assert (completed.accepted, completed.missing) == (NAMES[:4], NAMES[4:])
 
 
 def test_optimizer_goes_on_after_a_restart_as_if_there_had_been_none(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from fl_server.rounds.mechanism import (
     is_uncut,
 )
 from models.contract.privacy import Unit
+from models.tensors.norms import clip_norm, l2_norm
+from models.tensors.uplink import decode_update, encode_update
 from tests.simulators.step_graph import build_privacy
 
 FALSE_ALARM = 1e-6
@@ -90,6 +92,16 @@ def test_clipping_norm_comes_to_rest_at_the_quantile() -> None:
 def test_update_that_was_clipped_counts_as_cut_however_float32_rounded_it() -> None:
     assert not is_uncut(2 * (1 - 2.0**-22), 2)
     assert is_uncut(1.99, 2)
+
+
+@pytest.mark.parametrize("size", [64, 1000, 10_000])
+def test_update_that_was_clipped_counts_as_cut_however_int8_rounded_it(size: int) -> None:
+    generator = np.random.default_rng(size)
+    for _ in range(200):
+        update = clip_norm(generator.normal(size=size).astype(np.float32), 0.5)
+        arrived = decode_update(encode_update(update, "int8", generator), "int8", size=size)
+        assert not is_uncut(l2_norm(clip_norm(arrived, 0.5)), 0.5, "int8")
+    assert is_uncut(0.48, 0.5, "int8")
 
 
 def test_cohort_too_small_for_its_count_is_refused_in_words() -> None:

@@ -37,7 +37,7 @@ def test_run_reads_back_as_it_was_created(tmp_path):
 
 def test_newest_completed_round_is_found_again(tmp_path):
     create_run(tmp_path, build_spec(), START)
-    for number in (1, 2, 10_001):
+    for number in (1, 2, 9_999, 10_000, 10_001):
         checkpoint = save_round(tmp_path, number, START + number)
         assert load_checkpoint(tmp_path) == checkpoint
         np.testing.assert_array_equal(load_parameters(tmp_path, LAYOUT, number), START + number)
@@ -63,6 +63,22 @@ def test_round_that_was_not_written_to_its_end_has_not_happened(tmp_path, damage
     checkpoint = load_checkpoint(tmp_path)
     assert checkpoint is not None
     assert checkpoint.round == 1
+
+
+@pytest.mark.parametrize("damage", ["parameters lost", "checkpoint torn"])
+def test_round_that_was_seen_is_not_made_a_second_time_with_other_noise(tmp_path, damage):
+    create_run(tmp_path, build_spec(), START)
+    assert load_checkpoint(tmp_path, only_newest=True) is None
+    save_round(tmp_path, 1, START)
+    assert load_checkpoint(tmp_path, only_newest=True).round == 1
+    save_round(tmp_path, 2, START)
+    if damage == "parameters lost":
+        (build_round_dir(tmp_path, 2) / PARAMETERS_NAME).unlink()
+    else:
+        (build_round_dir(tmp_path, 2) / CHECKPOINT_NAME).write_bytes(b"{")
+    assert load_checkpoint(tmp_path).round == 1
+    with pytest.raises(RunError, match="round 2 would be released a second time"):
+        load_checkpoint(tmp_path, only_newest=True)
 
 
 @pytest.mark.parametrize(
