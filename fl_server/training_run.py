@@ -28,6 +28,7 @@ from fl_server.plan import build_spec
 from fl_server.release import Releases
 from fl_server.rounds import run as rounds
 from fl_server.rounds.events import Abandoned, Done, Event, Joined, RoundCompleted, UpdateRefused, parse_event
+from fl_server.rounds.spool import discard_updates
 from fl_server.spent import keep_spent, keep_spooled
 from fl_server.superlink import SuperLink
 from models.contract.encoding import build_json, parse_json
@@ -110,6 +111,7 @@ class TrainingRun:
         try:
             await self._drive_to_end(spec)
         except ServerError:
+            await asyncio.to_thread(discard_updates, self._run_dir)
             await self._services.announcer.announce(spec, is_open=False)
             raise
         await self._services.announcer.announce(spec, is_open=False)

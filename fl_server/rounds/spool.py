@@ -1,5 +1,6 @@
 """The updates of the round under way, each on disk once, so that a killed coordinator loses none."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -20,6 +21,12 @@ _SUFFIX = ".f32"
 def list_spooled(directory: Path) -> set[str]:
     """Return whose updates are in `directory`, which another process may be changing."""
     return {path.name.removesuffix(_SUFFIX) for path in directory.glob(f"[!.]*{_SUFFIX}")}
+
+
+def discard_updates(run_dir: Path) -> None:
+    """Empty what is spooled in a run that will not go on; whose it was stays known, since it was paid for."""
+    for path in run_dir.glob(f"rounds/[0-9]*/{UPDATES_NAME}/*{_SUFFIX}"):
+        os.truncate(path, 0)
 
 
 class Spool:

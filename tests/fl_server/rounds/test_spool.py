@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fl_server.rounds.spool import Spool
+from fl_server.rounds.spool import UPDATES_NAME, Spool, discard_updates, list_spooled
 
 
 def test_spool_gives_back_what_was_added_after_a_restart(tmp_path):
@@ -55,3 +55,13 @@ def test_columns_are_those_of_every_whole_update_in_one_order(tmp_path):
     (tmp_path / "updates" / "torn.f32").write_bytes(b"\0" * 5)
     parts = [spool.read_columns(start, stop) for start, stop in ((0, 3), (3, 4), (4, 7))]
     np.testing.assert_array_equal(np.hstack(parts), np.array(list(spool.read())))
+
+
+def test_updates_of_a_run_that_was_given_up_are_gone_and_whose_they_were_is_known(tmp_path):
+    directory = tmp_path / "rounds" / "0002" / UPDATES_NAME
+    directory.mkdir(parents=True)
+    Spool(directory, 2).add("a", np.full(2, 7, np.float32))
+    discard_updates(tmp_path)
+    assert list_spooled(directory) == {"a"}
+    assert [path.stat().st_size for path in directory.iterdir()] == [0]
+    assert list(Spool(directory, 2).read()) == []
