@@ -1,6 +1,7 @@
 """Run the `bench_*.py` here, print what they measured, write it all as JSON.
 
-Without names all run but `bench_accuracy` and `bench_uplink`, which train for minutes and compare no times.
+Without names all run but `bench_uplink`, which trains for minutes and compares no times; `accuracy.py` and
+`accuracy_of_device_unit.py` are programs of their own for the same reason.
 
 Each module has `run() -> dict[str, float]`; names end in their unit, ratios in `_ratio`.
 """
@@ -14,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-BY_NAME_ONLY = {"bench_accuracy", "bench_uplink"}
+BY_NAME_ONLY = {"bench_uplink"}
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """What the device unit is worth: accuracy by epsilon on digits with 1000 devices, simulated with the code of real runs.
 
 Each device holds one or two of the images that are neither test nor validation; a round draws each with probability 0.2,
-forty rounds, delta 1e-4, mean of three seeds on 300 test images. `python -m tests.bench.bench_device_unit --plot F.png`
+forty rounds, delta 1e-4, mean of three seeds on 300 test images. `python -m tests.bench.accuracy_of_device_unit --plot F.png`
 prints the table and draws it. The learning rates were chosen on the validation images of other seeds (`--tune`), from the
 same images, so the means are slightly optimistic; tuning itself is not accounted for. Noise that follows from a seed
 protects nobody.
@@ -81,10 +81,6 @@ class Bench:
         return paths
 
 
-def run() -> dict[str, float]:
-    return {f"device_unit_epsilon_{point.epsilon}_accuracy": point.mean for point in measure_all()}
-
-
 def measure_all() -> Iterator[Point]:
     with tempfile.TemporaryDirectory() as directory:
         bench = Bench(Path(directory))
@@ -147,7 +143,7 @@ def save_plot(points: Sequence[Point], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.bench_device_unit", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.accuracy_of_device_unit", description=__doc__)
     parser.add_argument("--tune", action="store_true", help="print accuracies by rate, on validation images")
     parser.add_argument("--plot", type=Path, metavar="F.png", help="draw the table")
     arguments = parser.parse_args()
