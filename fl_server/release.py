@@ -7,6 +7,7 @@ repeated at any time, so a kill between two of them is made good by the next one
 import asyncio
 import logging
 import shutil
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ from fl_server.registry.registry import ModelVersion, Registry, RegistryError
 from fl_server.rollout.publisher import Publish, Publisher, count_pushed_bytes, list_blobs
 from fl_server.rollout.repository import ReleaseRepository
 from models.contract.encoding import build_digest, build_json, parse_json
+from models.contract.errors import ContractError
 from models.contract.manifest import (
     GRAPH_NAMES,
     MANIFEST_NAME,
@@ -50,6 +52,7 @@ from models.contract.terms import Role, Split
 
 logger = logging.getLogger(__name__)
 
+PUBLISH_ERRORS = (ServerError, ContractError, OSError, sqlite3.Error)  # that a later call may be spared
 SPLIT_TAG = "split"  # of a version in the registry: what it does as a challenger
 
 
@@ -108,9 +111,9 @@ class Releases:
             return registry.get_model_version(model, version)
 
     def withdraw(self, model: str, version: int) -> ModelVersion:
-        """Let the model have no challenger, which was this version; `publish` tells. Raises as `promote`."""
+        """Let this version be the model's challenger no more; `publish` tells. Raises as `promote`."""
         with Registry(self._directory.registry_dir) as registry:
-            registry.delete_registered_model_alias(model, "challenger")
+            registry.delete_registered_model_alias(model, "challenger", version=version)
             return registry.get_model_version(model, version)
 
     async def consider(
@@ -132,7 +135,10 @@ class Releases:
             scratch_dir: Where the candidate is built; gone afterwards.
         """
         verdict = await asyncio.to_thread(self._consider, model, parameters, lineage, privacy, scratch_dir)
-        await self.publish()
+        try:
+            await self.publish()
+        except PUBLISH_ERRORS as error:  # the round is done, and the coordinator publishes again within a minute
+            logger.error("%s is not published yet: %s", model, error)  # noqa: TRY400
         return verdict
 
     async def publish(self, *, again: bool = False) -> bool:

@@ -203,7 +203,8 @@ class ReleaseRepository:
 
     def describe(self) -> list[RoleStatus]:
         """Return who signs what."""
-        state = self._store.load()
+        with self._store.locked():
+            state = self._store.load()
         return [
             RoleStatus(
                 role=role,
@@ -219,7 +220,8 @@ class ReleaseRepository:
 
     def load_metadata(self) -> dict[str, bytes]:
         """Return every file a client may need, by name: the contents of an offer."""
-        return self._store.read_all()
+        with self._store.locked():
+            return self._store.read_all()
 
     def load_root(self) -> bytes:
         """Return the newest root: what a device is given at enrolment."""

@@ -32,8 +32,11 @@ class Store:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep another process (an operator's command) from changing the repository meanwhile."""
-        descriptor = os.open(self._dir / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        """Keep another process (an operator's command) from changing the repository meanwhile; raises UsageError as `load`."""
+        try:
+            descriptor = os.open(self._dir / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError as error:
+            raise self._build_missing() from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -79,8 +82,11 @@ class Store:
     def find_root_version(self) -> int:
         versions = [int(path.name.split(".")[0]) for path in self._dir.glob("[0-9]*.root.json")]
         if not versions or self.is_empty:
-            raise UsageError(f"{self._dir} holds no repository; create one with fl-server init")
+            raise self._build_missing()
         return max(versions)
+
+    def _build_missing(self) -> UsageError:
+        return UsageError(f"{self._dir} holds no repository; create one with fl-server init")
 
     def _load(self, name: str) -> Metadata[Any]:
         path = self._dir / f"{name}.json"

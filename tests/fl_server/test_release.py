@@ -1,6 +1,7 @@
 """What becomes of a round's parameters, without devices: package, gate, register, sign; the broker takes all of it."""
 
 import asyncio
+import errno
 import importlib.util
 import os
 from decimal import Decimal
@@ -79,9 +80,9 @@ def package(federation, name, out_dir):
     return main(["package", f"{federation / 'wide.py'}:{name}", "--config", config, "--out", str(out_dir)])
 
 
-def consider(federation, round_number, scratch_dir, *, noise):
+def consider(federation, round_number, scratch_dir, *, noise, broker=None):
     """Package parameters that tell the classes apart, the worse the more noise they hold."""
-    releases = open_releases(federation)
+    releases = open_releases(federation, broker)
     _, architecture = releases.load_champion("wide")
     generator = np.random.default_rng(round_number)
     parameters = {
@@ -125,6 +126,15 @@ def test_round_that_moves_the_parameters_little_is_published_as_a_delta_to_the_c
     broker = Broker()
     assert asyncio.run(open_releases(federation, broker).publish(again=True))
     assert any(f"/blob/{delta.file.digest}/0" in topic for topic in broker.retained)
+
+
+def test_round_counts_though_it_cannot_be_published_now(federation, tmp_path):
+    class FullDisk(Broker):
+        async def publish(self, *_, **__):
+            raise OSError(errno.ENOSPC, "no space left on device")
+
+    verdict = consider(federation, 3, tmp_path / "scratch", noise=0.01, broker=FullDisk())
+    assert verdict.version is not None
 
 
 @pytest.mark.skipif(
