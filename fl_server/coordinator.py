@@ -223,7 +223,7 @@ class Coordinator:
                 await self._releases.publish(again=lacks_all)
                 lacks_all = False
             except PUBLISH_ERRORS as error:
-                # A damaged version must end neither a run nor what the broker retains of all the others.
+                # A full disk or a key service that is away must end neither a run nor what the broker retains.
                 logger.error("not published, tried again in %.0f s: %s", METADATA_INTERVAL_S, error)  # noqa: TRY400
             if is_new_broker:
                 await self._announcer.repeat()

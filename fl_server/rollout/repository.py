@@ -6,7 +6,7 @@ signed by the keys before it, `refresh_expiring` signs again.
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -108,7 +108,13 @@ class ReleaseRepository:
                 self._issue(state, {ROLE_GRAPHS}, now)
 
     def set_release(
-        self, model: str, manifests: Mapping[Role, bytes], *, now: datetime, split: Split | None = None
+        self,
+        model: str,
+        manifests: Mapping[Role, bytes],
+        *,
+        now: datetime,
+        split: Split | None = None,
+        kept: Collection[Role] = (),
     ) -> None:
         """Let each alias of `model` stand for a manifest; aliases not named stand for nothing from now on.
 
@@ -117,6 +123,7 @@ class ReleaseRepository:
             manifests: Manifest bytes by alias.
             now: Aware, in UTC.
             split: What the challenger is for; None without one.
+            kept: Aliases that stand for what they stood for.
 
         Raises:
             MalformedError: Bytes that are no manifest.
@@ -126,7 +133,7 @@ class ReleaseRepository:
         with self._store.locked():
             state = self._store.load()
             releases = state.targets[ROLE_RELEASES]
-            mine = {build_release_target(model, alias) for alias in ALIASES}
+            mine = {build_release_target(model, alias) for alias in ALIASES.difference(kept)}
             changed = {path: target for path, target in releases.targets.items() if path not in mine} | released
             if changed != releases.targets:
                 releases.targets = changed
