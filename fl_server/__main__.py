@@ -158,7 +158,7 @@ def _add_keys(subparsers: _Subparsers) -> None:
     rotate = _add(actions, "rotate", "replace the keys of roles; devices learn of it from the next offer")
     rotate.add_argument("roles", nargs="+", choices=key_commands.ROTATABLE, metavar="ROLE", help="%(choices)s")
     rotate.add_argument("--key", default="", metavar="ID", help="only this one, as fl-server keys shows it")
-    rotate.add_argument("--signer", metavar="URI", help="hsm:, gcpkms:, awskms:, azurekms:, hv:, file2:PATH takes over")
+    rotate.add_argument("--signer", metavar="URI", help="gcpkms:, awskms:, azurekms:, hv:, file2:PATH takes over")
     rotate.add_argument("--public-key", type=Path, metavar="FILE", help="of the signer, PEM")
     rotate.set_defaults(execute=key_commands.run_rotate)
     renew = _add(actions, "renew", "sign again: what expires soon, or the roles named")

@@ -24,7 +24,7 @@ from fl_server.fleet.mqtt import Connected, Disconnected, FromDevice, Link, Link
 from fl_server.fleet.roster import Roster, RosterError
 from fl_server.jobs import Job, Jobs, JobState, PromoteRequest, ReleaseRequest, WithdrawRequest
 from fl_server.orders import Orders
-from fl_server.release import ReleaseResult, Releases
+from fl_server.release import PUBLISH_ERRORS, ReleaseResult, Releases
 from fl_server.rollout.keys import load_key
 from fl_server.spent import recover_spent
 from fl_server.superlink import SuperLink, check_port_free
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 JOBS_INTERVAL_S = 0.3
 METADATA_INTERVAL_S = 60.0  # a day is the shortest lifetime of what is signed
+DATABASE_PAUSE_S = 5.0  # after an error of its disk, which a person must make good
 NODES_INTERVAL_S = 5.0  # a device that was just enrolled should find itself registered when it comes
 
 
@@ -107,13 +108,13 @@ class Coordinator:
     async def _keep_registered(self) -> None:
         is_first = True  # the SuperLink's database may be a new one
         while True:
-            members = [device for device in self._roster.list_devices() if device.revoked_at is None]
             try:
+                members = [device for device in self._roster.list_devices() if device.revoked_at is None]
                 if is_first or any(device.node_id is None for device in members):
                     await self._superlink.register_devices()
                     is_first = False
                 await self._superlink.unregister_revoked()
-            except RunError as error:
+            except (RunError, sqlite3.Error) as error:
                 logger.warning("%s", error)
             await asyncio.sleep(NODES_INTERVAL_S)
 
@@ -163,21 +164,27 @@ class Coordinator:
 
     async def _work(self) -> None:
         while True:
-            job = self._jobs.find_next()
-            if job is None:
-                await asyncio.sleep(JOBS_INTERVAL_S)
-                continue
-            self._jobs.save_state(job.job, JobState.RUNNING)
             try:
-                result = await self._do(job)
-            except (ServerError, ContractError, OSError) as error:
-                logger.warning("job %d failed: %s", job.job, error)
-                self._jobs.save_state(job.job, JobState.FAILED, str(error))
-            except Exception as error:  # it would be resumed after a restart, and end the coordinator again
-                logger.exception("job %d failed", job.job)
-                self._jobs.save_state(job.job, JobState.FAILED, f"{type(error).__name__}: {error}; see the log")
-            else:
-                self._jobs.save_state(job.job, JobState.DONE, build_json(result).decode())
+                if job := self._jobs.find_next():
+                    await self._finish(job)
+                else:
+                    await asyncio.sleep(JOBS_INTERVAL_S)
+            except sqlite3.Error as error:  # a full disk, say: the job is resumed, as after a restart
+                logger.error("jobs wait for their database: %s", error)  # noqa: TRY400
+                await asyncio.sleep(DATABASE_PAUSE_S)
+
+    async def _finish(self, job: Job) -> None:
+        self._jobs.save_state(job.job, JobState.RUNNING)
+        try:
+            result = await self._do(job)
+        except (ServerError, ContractError, OSError) as error:
+            logger.warning("job %d failed: %s", job.job, error)
+            self._jobs.save_state(job.job, JobState.FAILED, str(error))
+        except Exception as error:  # it would be resumed after a restart, and end the coordinator again
+            logger.exception("job %d failed", job.job)
+            self._jobs.save_state(job.job, JobState.FAILED, f"{type(error).__name__}: {error}; see the log")
+        else:
+            self._jobs.save_state(job.job, JobState.DONE, build_json(result).decode())
 
     async def _do(self, job: Job) -> ReleaseResult | RunResult:
         def say(line: str) -> None:
@@ -215,8 +222,8 @@ class Coordinator:
             try:
                 await self._releases.publish(again=lacks_all)
                 lacks_all = False
-            except (ServerError, ContractError, OSError, sqlite3.Error) as error:
-                # A damaged version must end neither a run nor what the broker retains of all the others.
+            except PUBLISH_ERRORS as error:
+                # A full disk or a key service that is away must end neither a run nor what the broker retains.
                 logger.error("not published, tried again in %.0f s: %s", METADATA_INTERVAL_S, error)  # noqa: TRY400
             if is_new_broker:
                 await self._announcer.repeat()

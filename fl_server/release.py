@@ -7,6 +7,7 @@ repeated at any time, so a kill between two of them is made good by the next one
 import asyncio
 import logging
 import shutil
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,9 +32,10 @@ from fl_server.packaging.package import Tools, package_version
 from fl_server.packaging.precision import StrayingError
 from fl_server.packaging.tflite import build_exporter
 from fl_server.registry.registry import ModelVersion, Registry, RegistryError
-from fl_server.rollout.publisher import Publish, Publisher, count_pushed_bytes, list_blobs
+from fl_server.rollout.publisher import Publish, Publisher, count_pushed_bytes, list_blobs, load_blob
 from fl_server.rollout.repository import ReleaseRepository
 from models.contract.encoding import build_digest, build_json, parse_json
+from models.contract.errors import ContractError
 from models.contract.manifest import (
     GRAPH_NAMES,
     MANIFEST_NAME,
@@ -50,6 +52,7 @@ from models.contract.terms import Role, Split
 
 logger = logging.getLogger(__name__)
 
+PUBLISH_ERRORS = (ServerError, ContractError, OSError, sqlite3.Error)  # that a later call may be spared
 SPLIT_TAG = "split"  # of a version in the registry: what it does as a challenger
 
 
@@ -102,15 +105,21 @@ class Releases:
         return await asyncio.to_thread(self._register, version_dir, split)
 
     def promote(self, model: str, version: int) -> ModelVersion:
-        """Make a registered version the champion; `publish` offers it. Raises ServerError if there is none."""
+        """Make a registered version the champion; `publish` offers it.
+
+        Raises:
+            ServerError: There is none, or a file of it was changed.
+        """
         with Registry(self._directory.registry_dir) as registry:
+            promoted = registry.get_model_version(model, version)
+            _check_files(promoted)
             registry.set_registered_model_alias(model, "champion", version)
-            return registry.get_model_version(model, version)
+            return promoted
 
     def withdraw(self, model: str, version: int) -> ModelVersion:
-        """Let the model have no challenger, which was this version; `publish` tells. Raises as `promote`."""
+        """Let this version be the model's challenger no more; `publish` tells. Raises as `promote`."""
         with Registry(self._directory.registry_dir) as registry:
-            registry.delete_registered_model_alias(model, "challenger")
+            registry.delete_registered_model_alias(model, "challenger", version=version)
             return registry.get_model_version(model, version)
 
     async def consider(
@@ -132,7 +141,10 @@ class Releases:
             scratch_dir: Where the candidate is built; gone afterwards.
         """
         verdict = await asyncio.to_thread(self._consider, model, parameters, lineage, privacy, scratch_dir)
-        await self.publish()
+        try:
+            await self.publish()
+        except PUBLISH_ERRORS as error:  # the round is done, and the coordinator publishes again within a minute
+            logger.error("%s is not published yet: %s", model, error)  # noqa: TRY400
         return verdict
 
     async def publish(self, *, again: bool = False) -> bool:
@@ -142,12 +154,13 @@ class Releases:
             again: Send what was sent before too: the broker may have lost it.
 
         Returns:
-            Whether the broker holds all of it.
+            Whether the broker took it; what is damaged here is logged, and keeps nothing else from it.
         """
         async with self._publishing:
-            offer, blobs = await asyncio.to_thread(self._sign)
+            offer, blobs, is_whole = await asyncio.to_thread(self._sign)
             try:
-                await (self._publisher.republish if again else self._publisher.publish)(offer, blobs)
+                publish = self._publisher.republish if again else self._publisher.publish
+                await publish(offer, blobs, clears=is_whole)
             except LinkError as error:
                 logger.warning("not published: %s", error)
                 return False
@@ -168,7 +181,7 @@ class Releases:
     def _register(self, version_dir: Path, split: Split | None) -> ModelVersion:
         with Registry(self._directory.registry_dir) as registry:
             version = registry.create_model_version(version_dir)
-            manifest = version.load_manifest()
+            manifest = _check_files(version)
             if split is not None:
                 _check_comparable(manifest, registry.get_model_version_by_alias(version.model, "champion"))
                 tag = build_json(split).decode()
@@ -216,26 +229,28 @@ class Releases:
             shutil.rmtree(scratch_dir)
             return _build_verdict(manifest, manifest.version if decision.promote else None, before, decision.reason)
 
-    def _sign(self) -> tuple[bytes, dict[str, Path | bytes]]:
-        """Sign what the registry calls champion, and return the offer with the blobs it leads to."""
-        now = datetime.now(UTC)
+    def _sign(self) -> tuple[bytes, dict[str, Path | bytes], bool]:
+        """Sign what the registry calls champion; return the offer, the blobs it leads to, and whether these are all."""
+        now, is_whole = datetime.now(UTC), True
         pem = self._repository.build_coordinator_pem()
         blobs: dict[str, Path | bytes] = {build_digest(pem): pem}
         with Registry(self._directory.registry_dir) as registry:
             for model in registry.search_registered_models():
                 released = find_released(registry, model)
-                manifests = {alias: version.load_manifest_bytes() for alias, version in released.items()}
-                split = _load_split(registry, released.get("challenger"))
-                self._repository.set_release(model, manifests, now=now, split=split)
-                for version in released.values():
+                sound = {alias: version for alias, version in released.items() if _is_sound(version)}
+                manifests = {alias: version.load_manifest_bytes() for alias, version in sound.items()}
+                split = _load_split(registry, sound.get("challenger"))
+                self._repository.set_release(model, manifests, now=now, split=split, kept=released.keys() - sound)
+                for version in sound.values():
                     blobs |= list_blobs(version.directory)
+                is_whole = is_whole and sound == released
         expiring = self._repository.refresh_expiring(now)
         if expiring != self._expiring:
             logger.warning(
                 "metadata expires soon, sign it where its key is: %s", ", ".join(expiring) or "none any more"
             )
             self._expiring = expiring
-        return build_offer(self._repository.load_metadata()), blobs
+        return build_offer(self._repository.load_metadata()), blobs, is_whole
 
     def _get_settings(self, model: str) -> ModelSettings:
         resolve_definition(self._settings, model, self._directory.path)  # raises what names the missing section
@@ -291,6 +306,24 @@ def find_released(registry: Registry, model: str) -> dict[Role, ModelVersion]:
         except RegistryError:
             continue
     return released
+
+
+def _check_files(version: ModelVersion) -> ModelManifest:
+    """Return the manifest; raises ServerError if a device could not fetch the version, OSError if unreadable."""
+    manifest = version.load_manifest()
+    for digest, path in list_blobs(version.directory).items():
+        load_blob(digest, path)
+    return manifest
+
+
+def _is_sound(version: ModelVersion) -> bool:
+    """Return whether its manifest can be read; one that cannot must not let the metadata of all others expire."""
+    try:
+        version.load_manifest()
+    except (ServerError, ContractError, OSError) as error:
+        logger.error("%s version %d stays as it was signed: %s", version.model, version.version, error)  # noqa: TRY400
+        return False
+    return True
 
 
 def _load_split(registry: Registry, challenger: ModelVersion | None) -> Split | None:

@@ -168,9 +168,11 @@ class Registry:
             raise
         self._index.execute("COMMIT")
 
-    def delete_registered_model_alias(self, model: str, alias: Role) -> None:
-        """Let `alias` stand for nothing; there need not be one."""
-        self._index.execute("DELETE FROM aliases WHERE model = ? AND alias = ?", (model, alias))
+    def delete_registered_model_alias(self, model: str, alias: Role, *, version: int) -> None:
+        """Let `alias` stand for nothing if it stands for `version` now."""
+        self._index.execute(
+            "DELETE FROM aliases WHERE model = ? AND alias = ? AND version = ?", (model, alias, version)
+        )
 
     def set_model_version_tag(self, model: str, version: int, key: str, value: str) -> None:
         """Attach a text to a version, in the place of the one it had under `key`."""

@@ -1,9 +1,9 @@
-"""Signing keys: Ed25519 in PKCS8 PEM files that only their owner reads, or a signer elsewhere (HSM, KMS).
+"""Signing keys: Ed25519 in PKCS8 PEM files that only their owner reads, or a signer elsewhere (a token, a key service).
 
 A file is known by the key in it, not by its name, so that keys may lie in any folder, on a stick as well.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 from securesystemslib.exceptions import UnverifiedSignatureError
 from securesystemslib.signer import CryptoSigner, Key, Signer, SSlibKey
 
-from fl_server.errors import OfflineKeyError, ServerError
+from fl_server.errors import OfflineKeyError, ServerError, UsageError
 from models.contract.encoding import build_json, parse_json
 from models.contract.errors import ContractError
 from models.contract.files import save_atomically, sync_directory
@@ -65,7 +65,7 @@ class ExternalSigner:
 
     Attributes:
         keyid: Of its public key, which the metadata holds.
-        uri: As securesystemslib names signers: "hsm:…", "gcpkms:…", "awskms:…", "azurekms:…", "hv:…", "file2:PATH".
+        uri: As securesystemslib names signers: "gcpkms:…", "awskms:…", "azurekms:…", "hv:…", "file2:PATH".
     """
 
     keyid: str
@@ -82,7 +82,8 @@ class KeyRing:
         """Return the signers of those of `keys` whose private part is within reach.
 
         Raises:
-            ServerError: A file in one of the folders is no key, or a signer is not to be had.
+            OfflineKeyError: A signer is not to be had.
+            ServerError: A file in one of the folders is no key.
         """
         files, external = self._list_files(), self._list_external()
         signers: list[Signer] = []
@@ -134,14 +135,19 @@ def create_role_key(folder: Path, role: str) -> tuple[Key, Path]:
     return public, path
 
 
-def save_external(folder: Path, role: str, *, uri: str, public_key_path: Path) -> tuple[Key, Path]:
+def save_external(
+    folder: Path, role: str, *, uri: str, public_key_path: Path, known: Collection[str]
+) -> tuple[Key, Path]:
     """Return the public key in a PEM file, and the new file in `folder` that says which signer has its private part.
 
     Raises:
+        UsageError: It is one of the keys whose ids are `known`, those of the role.
         ServerError: There is no such signer, or it does not sign for that key.
     """
     try:
         public = SSlibKey.from_crypto(load_pem_public_key(public_key_path.read_bytes()))
+        if public.keyid in known:
+            raise UsageError(f"{public_key_path}: this key signs {role} already")
         signature = _open_external(uri, public).sign(b"test")
         public.verify_signature(signature, b"test")
     except (ValueError, TypeError, UnsupportedAlgorithm, UnverifiedSignatureError) as error:
@@ -155,7 +161,7 @@ def _open_external(uri: str, key: Key) -> Signer:
     try:
         return Signer.from_priv_key_uri(uri, key)
     except Exception as error:  # every kind of signer has errors of its own
-        raise ServerError(f"signer {uri}: {error}") from error
+        raise OfflineKeyError(f"signer {uri}: {error}") from error
 
 
 def _get_keyid(key: Ed25519PrivateKey) -> str:

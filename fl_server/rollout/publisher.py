@@ -1,9 +1,10 @@
 """What the broker must hold for devices to update: the offer, and the blobs it leads to.
 
-Blobs go first and the offer last, so that an offer never leads to nothing; what only older offers led to
+Blobs go first and the offer last, so that it never leads to what is still to come; what only older offers led to
 is cleared after it. The order on one connection is the order in which a device sees them.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from models.contract.manifest import (
 )
 from models.contract.offer import count_chunks, split_chunks
 from models.contract.topics import build_blob_topic, build_offer_topic
+
+logger = logging.getLogger(__name__)
 
 OFFER_CONTENT_TYPE = "application/zstd"
 BLOB_CONTENT_TYPE = "application/octet-stream"
@@ -103,15 +106,26 @@ class Publisher:
         self._offer: bytes | None = None
         self._recorded = self._load_record()
 
-    async def publish(self, offer: bytes, blobs: Mapping[str, Path | bytes]) -> None:
+    async def publish(self, offer: bytes, blobs: Mapping[str, Path | bytes], *, clears: bool = True) -> None:
         """Make the broker hold `offer` and `blobs`, by digest; what it holds already is not sent again.
 
+        A blob that is not what its digest says is logged and left out: without a new offer, all others would expire.
+
+        Args:
+            offer: What leads to the blobs.
+            blobs: By digest.
+            clears: `blobs` are all there are: the broker need hold no others.
+
         Raises:
-            ServerError: A blob is not what its digest says, or the broker does not take a message.
+            ServerError: The broker does not take a message.
         """
         plan = plan_publication(self._fleet, held=self._held, recorded=self._recorded, live=blobs)
         for digest in plan.blobs:
-            chunks = split_chunks(_load_blob(digest, blobs[digest]))
+            try:
+                chunks = split_chunks(load_blob(digest, blobs[digest]))
+            except (ServerError, OSError) as error:
+                logger.error("not published: %s", error)  # noqa: TRY400
+                continue
             self._record(
                 self._recorded | {digest: sum(map(len, chunks))}
             )  # first: a blob that nobody knows of would never be cleared
@@ -123,16 +137,17 @@ class Publisher:
             topic = build_offer_topic(self._fleet)
             await self._publish(topic, offer, retain=True, content_type=OFFER_CONTENT_TYPE)
             self._offer = offer
-        for topic in plan.clear:
-            await self._publish(topic, b"", retain=True, content_type=BLOB_CONTENT_TYPE)
-        self._held &= set(blobs)
-        self._record({digest: self._recorded[digest] for digest in blobs})
+        if clears:
+            for topic in plan.clear:
+                await self._publish(topic, b"", retain=True, content_type=BLOB_CONTENT_TYPE)
+            self._held &= set(blobs)
+            self._record({digest: size for digest, size in self._recorded.items() if digest in blobs})
 
-    async def republish(self, offer: bytes, blobs: Mapping[str, Path | bytes]) -> None:
+    async def republish(self, offer: bytes, blobs: Mapping[str, Path | bytes], *, clears: bool = True) -> None:
         """Send everything again: to a broker that restarted, and may have lost it."""
         self._held.clear()
         self._offer = None
-        await self.publish(offer, blobs)
+        await self.publish(offer, blobs, clears=clears)
 
     def _load_record(self) -> dict[str, int]:
         try:
@@ -147,8 +162,9 @@ class Publisher:
             self._recorded = blobs
 
 
-def _load_blob(digest: str, source: Path | bytes) -> bytes:
+def load_blob(digest: str, source: Path | bytes) -> bytes:
+    """Return the bytes in `source`; raises ServerError if they are not what `digest` says, OSError if unreadable."""
     data = source if isinstance(source, bytes) else source.read_bytes()
     if build_digest(data) != digest:
-        raise ServerError(f"{source!s:.200} is not what its digest {digest[:12]}… says: nothing was published")
+        raise ServerError(f"{source!s:.200} is not what its digest {digest[:12]}… says; restore it")
     return data

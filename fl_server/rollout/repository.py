@@ -5,18 +5,19 @@ signed by the keys before it, `refresh_expiring` signs again.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self, get_args
 
 from securesystemslib.signer import CryptoSigner, Key
-from tuf.api.exceptions import UnsignedMetadataError
+from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
 from tuf.api.metadata import Metadata, MetaFile, Root, TargetFile
 from tuf.api.serialization.json import JSONSerializer
 
 from fl_server.directory import OFFLINE_KEYS, ONLINE_KEYS, Directory
-from fl_server.errors import OfflineKeyError, UsageError
+from fl_server.errors import OfflineKeyError, ServerError, UsageError
 from fl_server.rollout.keys import (
     KEYID_SHOWN,
     KeyRing,
@@ -50,6 +51,8 @@ from models.contract.offer import (
     build_signed_at,
 )
 from models.contract.terms import ReleaseTerms, Role, Split, build_terms
+
+logger = logging.getLogger(__name__)
 
 ALIASES = frozenset(get_args(Role))
 
@@ -105,7 +108,13 @@ class ReleaseRepository:
                 self._issue(state, {ROLE_GRAPHS}, now)
 
     def set_release(
-        self, model: str, manifests: Mapping[Role, bytes], *, now: datetime, split: Split | None = None
+        self,
+        model: str,
+        manifests: Mapping[Role, bytes],
+        *,
+        now: datetime,
+        split: Split | None = None,
+        kept: Collection[Role] = (),
     ) -> None:
         """Let each alias of `model` stand for a manifest; aliases not named stand for nothing from now on.
 
@@ -114,6 +123,7 @@ class ReleaseRepository:
             manifests: Manifest bytes by alias.
             now: Aware, in UTC.
             split: What the challenger is for; None without one.
+            kept: Aliases that stand for what they stood for.
 
         Raises:
             MalformedError: Bytes that are no manifest.
@@ -123,7 +133,7 @@ class ReleaseRepository:
         with self._store.locked():
             state = self._store.load()
             releases = state.targets[ROLE_RELEASES]
-            mine = {build_release_target(model, alias) for alias in ALIASES}
+            mine = {build_release_target(model, alias) for alias in ALIASES.difference(kept)}
             changed = {path: target for path, target in releases.targets.items() if path not in mine} | released
             if changed != releases.targets:
                 releases.targets = changed
@@ -133,7 +143,7 @@ class ReleaseRepository:
         """Sign again what has a quarter of its lifetime left or less, and what a change of keys that was cut short left.
 
         Returns:
-            Roles that are due but whose keys are kept on another machine; a person must act.
+            Roles that are due but whose keys are not within reach here; a person must act.
         """
         with self._store.locked():
             state = self._store.load()
@@ -142,7 +152,7 @@ class ReleaseRepository:
             if state.targets[ROLE_RELEASES].targets.get(COORDINATOR_KEY_TARGET) != key_target:
                 state.targets[ROLE_RELEASES].targets[COORDINATOR_KEY_TARGET] = key_target
                 due.add(ROLE_RELEASES)
-            possible = {role for role in due if self._has_keys(state, role)}
+            possible = {role for role in due if self._can_sign(state, role, now)}
             if possible:
                 self._issue(state, possible, now)
             return tuple(role for role in ROLES if role in due - possible)
@@ -171,17 +181,18 @@ class ReleaseRepository:
             state = self._store.load()
             root_before, due = copy.deepcopy(state.root), set[str]()
             created, replaced = list[Path](), list[str]()
+            files_before = {path for place in (self._online_dir, self._new_offline_dir) for path in place.glob("*")}
             try:
                 for role in rotation.roles:
                     old = _find_replaced(state, role, rotation)
                     folder = self._online_dir if role in ONLINE_ROLES else self._new_offline_dir
-                    new = [_create(folder, role, rotation) for _ in old]
+                    new = [_create(state, folder, role, rotation) for _ in old]
                     created += [path for _, path in new]
                     due |= state.replace_keys(role, old, [key for key, _ in new])
                     replaced += old
                 signed = self._sign_next(state, due, now, root_before=root_before)
             except BaseException:
-                for path in created:
+                for path in set(created) - files_before:
                     path.unlink(missing_ok=True)
                 raise
             self._store.save(signed, state)
@@ -199,7 +210,8 @@ class ReleaseRepository:
 
     def describe(self) -> list[RoleStatus]:
         """Return who signs what."""
-        state = self._store.load()
+        with self._store.locked():
+            state = self._store.load()
         return [
             RoleStatus(
                 role=role,
@@ -215,7 +227,8 @@ class ReleaseRepository:
 
     def load_metadata(self) -> dict[str, bytes]:
         """Return every file a client may need, by name: the contents of an offer."""
-        return self._store.read_all()
+        with self._store.locked():
+            return self._store.read_all()
 
     def load_root(self) -> bytes:
         """Return the newest root: what a device is given at enrolment."""
@@ -258,8 +271,11 @@ class ReleaseRepository:
         keys = {key.keyid: key for key in state.list_keys(role)}
         if role == "root" and root_before is not None:  # both must agree to a new root: its own keys and the old ones
             keys |= {keyid: root_before.get_key(keyid) for keyid in root_before.roles["root"].keyids}
-        for signer in self._ring.find_signers(keys.values()):
-            metadata.sign(signer, append=True)
+        try:
+            for signer in self._ring.find_signers(keys.values()):
+                metadata.sign(signer, append=True)
+        except RepositoryError as error:
+            raise ServerError(f"{role} is not signed: {error}") from error
         try:
             delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
             if role == "root" and root_before is not None:
@@ -270,8 +286,16 @@ class ReleaseRepository:
             ) from error
         return metadata.to_bytes(JSONSerializer(compact=True))
 
-    def _has_keys(self, state: State, role: str) -> bool:
-        return len(self._ring.find_signers(state.list_keys(role))) >= state.get_threshold(role)
+    def _can_sign(self, state: State, role: str, now: datetime) -> bool:
+        """Try it, as that a token is unplugged or a key service away shows no sooner: others must not expire for it."""
+        try:
+            self._sign(copy.deepcopy(state), role, now)
+        except OfflineKeyError:
+            return False
+        except ServerError as error:
+            logger.warning("%s", error)
+            return False
+        return True
 
 
 def _find_replaced(state: State, role: str, rotation: Rotation) -> list[str]:
@@ -282,11 +306,12 @@ def _find_replaced(state: State, role: str, rotation: Rotation) -> list[str]:
     return found
 
 
-def _create(folder: Path, role: str, rotation: Rotation) -> tuple[Key, Path]:
+def _create(state: State, folder: Path, role: str, rotation: Rotation) -> tuple[Key, Path]:
     if rotation.signer is None:
         return create_role_key(folder, role)
     uri, public_key_path = rotation.signer
-    return save_external(folder, role, uri=uri, public_key_path=public_key_path)
+    known = [key.keyid for key in state.list_keys(role)]
+    return save_external(folder, role, uri=uri, public_key_path=public_key_path, known=known)
 
 
 def _build_target(path: str, entry: FileEntry, custom: dict[str, object] | None = None) -> TargetFile:

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tuf.api.exceptions import UnsignedMetadataError
+from tuf.api.exceptions import RepositoryError, StorageError, UnsignedMetadataError
 from tuf.api.metadata import Metadata
 
-from fl_server.errors import UsageError
+from fl_server.errors import ServerError, UsageError
 from fl_server.rollout.trust import TARGETS_ROLES, State
 from models.contract.files import save_atomically
 
@@ -32,8 +32,11 @@ class Store:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep another process (an operator's command) from changing the repository meanwhile."""
-        descriptor = os.open(self._dir / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        """Keep another process (an operator's command) from changing the repository meanwhile; raises UsageError as `load`."""
+        try:
+            descriptor = os.open(self._dir / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError as error:
+            raise self._build_missing() from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -41,7 +44,7 @@ class Store:
             os.close(descriptor)
 
     def load(self) -> State:
-        """Return the current repository; raises UsageError if there is none."""
+        """Return the current repository; raises UsageError if there is none, ServerError if a file of it is damaged."""
         loaded = {"root": self._load(f"{self.find_root_version()}.root"), "timestamp": self._load("timestamp")}
         loaded["snapshot"] = self._load(f"{loaded['timestamp'].signed.snapshot_meta.version}.snapshot")
         for role in TARGETS_ROLES:
@@ -79,11 +82,18 @@ class Store:
     def find_root_version(self) -> int:
         versions = [int(path.name.split(".")[0]) for path in self._dir.glob("[0-9]*.root.json")]
         if not versions or self.is_empty:
-            raise UsageError(f"{self._dir} holds no repository; create one with fl-server init")
+            raise self._build_missing()
         return max(versions)
 
+    def _build_missing(self) -> UsageError:
+        return UsageError(f"{self._dir} holds no repository; create one with fl-server init")
+
     def _load(self, name: str) -> Metadata[Any]:
-        return Metadata[Any].from_file(str(self._dir / f"{name}.json"))
+        path = self._dir / f"{name}.json"
+        try:
+            return Metadata[Any].from_file(str(path))
+        except (RepositoryError, StorageError) as error:
+            raise ServerError(f"{path}: {error}; restore it from a backup") from error
 
 
 def _is_signed(state: State, role: str, metadata: Metadata[Any]) -> bool:

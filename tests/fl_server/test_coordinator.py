@@ -385,14 +385,18 @@ def test_damaged_version_and_database_are_logged_and_the_coordinator_goes_on(fed
     manifest = manifest_path.read_bytes()
     manifest_path.write_bytes(b"damaged")
     broker.restart()
-    federation.wait_for_log("not published, tried again")
+    federation.wait_for_log("stays as it was signed")
+    assert read_roles(broker)["champion"]["version"] == 1, "others' metadata must not expire"
     with sqlite3.connect(federation.directory / "coordinator.db") as database:
         database.execute("ALTER TABLE events RENAME TO mislaid")
+        database.execute("ALTER TABLE jobs RENAME TO undone")
     device.say(EVENT)
     federation.wait_for_log("what device-1 says could not be kept")
+    federation.wait_for_log("jobs wait for their database")
     assert device.acknowledged == []
     with sqlite3.connect(federation.directory / "coordinator.db") as database:
         database.execute("ALTER TABLE mislaid RENAME TO events")
+        database.execute("ALTER TABLE undone RENAME TO jobs")
     manifest_path.write_bytes(manifest)
     device.say(EVENT)
     wait_until(lambda: device.acknowledged, "an acknowledgement")

@@ -1,8 +1,12 @@
 """What becomes of a round's parameters, without devices: package, gate, register, sign; the broker takes all of it."""
 
 import asyncio
+import dataclasses
+import errno
 import importlib.util
+import json
 import os
+import shutil
 from decimal import Decimal
 
 import numpy as np
@@ -11,11 +15,14 @@ import pytest
 from fl_server.__main__ import main
 from fl_server.config import load_server_settings
 from fl_server.directory import Directory
+from fl_server.errors import ServerError
 from fl_server.packaging.tflite import PYTHON_VARIABLE
 from fl_server.registry.registry import Registry
 from fl_server.release import Releases
-from models.contract.manifest import Lineage
+from models.contract.manifest import Lineage, build_manifest, parse_manifest
+from models.contract.offer import parse_offer
 from models.contract.privacy import PrivacyStatement, Unit
+from models.contract.topics import build_offer_topic
 
 DEFINITION = """\
 from dataclasses import replace
@@ -79,9 +86,9 @@ def package(federation, name, out_dir):
     return main(["package", f"{federation / 'wide.py'}:{name}", "--config", config, "--out", str(out_dir)])
 
 
-def consider(federation, round_number, scratch_dir, *, noise):
+def consider(federation, round_number, scratch_dir, *, noise, broker=None):
     """Package parameters that tell the classes apart, the worse the more noise they hold."""
-    releases = open_releases(federation)
+    releases = open_releases(federation, broker)
     _, architecture = releases.load_champion("wide")
     generator = np.random.default_rng(round_number)
     parameters = {
@@ -125,6 +132,40 @@ def test_round_that_moves_the_parameters_little_is_published_as_a_delta_to_the_c
     broker = Broker()
     assert asyncio.run(open_releases(federation, broker).publish(again=True))
     assert any(f"/blob/{delta.file.digest}/0" in topic for topic in broker.retained)
+
+
+def test_round_counts_though_it_cannot_be_published_now(federation, tmp_path):
+    class FullDisk(Broker):
+        async def publish(self, *_, **__):
+            raise OSError(errno.ENOSPC, "no space left on device")
+
+    verdict = consider(federation, 3, tmp_path / "scratch", noise=0.01, broker=FullDisk())
+    assert verdict.version is not None
+
+
+def test_damaged_version_keeps_no_other_from_the_fleet(federation, tmp_path):
+    shutil.copytree(federation, copy := tmp_path / "fed")
+    manifest = parse_manifest((copy / "v1/manifest.json").read_bytes())
+    (copy / "v1/manifest.json").write_bytes(build_manifest(dataclasses.replace(manifest, version=9)))
+    releases = open_releases(copy, broker := Broker())
+
+    def publish():
+        assert asyncio.run(releases.publish(again=True))
+        files = parse_offer(broker.retained[build_offer_topic(load_server_settings(copy / "fl-server.toml").fleet)])
+        [signed] = [json.loads(data)["signed"] for name, data in files.items() if name.endswith(".releases.json")]
+        return signed["targets"]["releases/wide/champion/manifest.json"]["custom"]["version"]
+
+    asyncio.run(releases.release_folder(copy / "v1"))
+    assert publish() == 9
+    broker.retained.clear()
+    (Directory(copy).registry_dir / "versions/wide/9/manifest.json").write_bytes(b"damaged")
+    assert publish() == 9
+    releases.promote("wide", 1)
+    assert publish() == 1
+    for name, version in (("manifest.json", 9), ("inference.onnx", 1)):
+        (Directory(copy).registry_dir / f"versions/wide/{version}/{name}").write_bytes(b"damaged")
+        with pytest.raises(ServerError, match="restore it"):
+            releases.promote("wide", version)
 
 
 @pytest.mark.skipif(

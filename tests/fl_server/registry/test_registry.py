@@ -138,8 +138,10 @@ def test_challenger_that_becomes_the_champion_is_no_challenger_any_more_and_may_
     registry.set_registered_model_alias("digits", "challenger", 3)
     registry.set_registered_model_alias("digits", "champion", 1)
     assert registry.get_model_version_by_alias("digits", "challenger").version == 3
+    registry.delete_registered_model_alias("digits", "challenger", version=2)
+    assert registry.get_model_version_by_alias("digits", "challenger").version == 3, "another one's withdrawal"
     for _ in range(2):
-        registry.delete_registered_model_alias("digits", "challenger")
+        registry.delete_registered_model_alias("digits", "challenger", version=3)
     with pytest.raises(RegistryError, match="no challenger"):
         registry.get_model_version_by_alias("digits", "challenger")
 

@@ -82,10 +82,22 @@ def test_blobs_that_a_killed_coordinator_published_are_cleared_by_the_next(
     assert broker.retained.keys() == {*topics_of(NEW), OFFER_TOPIC}
 
 
-def test_blob_that_is_not_what_its_digest_says_is_not_published(tmp_path: Path, broker: MemoryBroker) -> None:
-    with pytest.raises(ServerError, match="is not what its digest"):
-        asyncio.run(build_publisher(tmp_path, broker).publish(b"offer", {build_digest(OLD): NEW}))
-    assert broker.published == []
+def test_blob_that_is_not_what_its_digest_says_is_left_out_until_it_is(tmp_path: Path, broker: MemoryBroker) -> None:
+    publisher = build_publisher(tmp_path, broker)
+    gone = {build_digest(b"gone"): tmp_path / "gone"}
+    asyncio.run(publisher.publish(b"offer", {build_digest(OLD): NEW, **by_digest(NEW), **gone}))
+    assert broker.retained.keys() == {*topics_of(NEW), OFFER_TOPIC}
+    asyncio.run(publisher.publish(b"offer", by_digest(OLD, NEW)))
+    assert broker.retained.keys() == {*topics_of(OLD), *topics_of(NEW), OFFER_TOPIC}
+
+
+def test_nothing_is_cleared_while_not_all_blobs_are_known(tmp_path: Path, broker: MemoryBroker) -> None:
+    publisher = build_publisher(tmp_path, broker)
+    asyncio.run(publisher.publish(b"offer 1", by_digest(OLD)))
+    asyncio.run(publisher.publish(b"offer 2", by_digest(NEW), clears=False))
+    assert broker.retained.keys() == {*topics_of(OLD), *topics_of(NEW), OFFER_TOPIC}
+    asyncio.run(publisher.publish(b"offer 3", by_digest(NEW)))
+    assert broker.retained.keys() == {*topics_of(NEW), OFFER_TOPIC}
 
 
 def test_bytes_pushed_are_what_a_device_on_the_previous_version_fetches(tmp_path: Path, broker: MemoryBroker) -> None:

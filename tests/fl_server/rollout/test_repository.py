@@ -2,6 +2,7 @@
 
 import shutil
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -228,6 +229,20 @@ def test_kill_at_any_change_of_the_disk_leaves_the_old_or_the_new_repository(
         offer = build_offer(repository.load_metadata())
         assert open_offer(offer, root=repository.load_root(), trust_dir=trust_dir).find_target(target) is not None
     assert seen == {False, True}
+
+
+def test_reader_never_sees_half_of_what_another_process_changes(
+    directory: Directory, repository: ReleaseRepository
+) -> None:
+    def renew() -> None:
+        for _ in range(30):
+            ReleaseRepository(directory).renew(("timestamp",), now=NOW)
+
+    with ThreadPoolExecutor() as pool:
+        changes = pool.submit(renew)
+        while not changes.done():
+            assert len(repository.load_metadata()) == 6
+    changes.result()
 
 
 def test_offer_of_ten_live_targets_is_small(tmp_path: Path, repository: ReleaseRepository) -> None:

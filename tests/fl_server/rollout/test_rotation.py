@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Key, Signature, Signer
 from tuf.api.metadata import Metadata, Root
 
 from edge_agent.errors import StalledError
@@ -15,7 +16,7 @@ from fl_server.__main__ import main
 from fl_server.directory import Directory
 from fl_server.errors import OfflineKeyError, ServerError, UsageError
 from fl_server.initialise import initialise
-from fl_server.rollout.keys import build_public_pem, create_key
+from fl_server.rollout.keys import build_public_pem, create_key, load_key
 from fl_server.rollout.repository import ReleaseRepository
 from fl_server.rollout.trust import ROLES, Rotation
 from models.contract.encoding import build_digest
@@ -155,6 +156,74 @@ def test_external_signer_takes_over_a_root_key(
             Path(place or "").unlink()
     repository.renew(("root",), now=NOW)  # one file and the signer make two
     open_on_device(repository, root, tmp_path / "trust")
+
+
+class KeyService(Signer):
+    """Signs with a key file; that it is away shows no sooner than that."""
+
+    def __init__(self, path: Path, key: Key) -> None:
+        self._path, self._key = path, key
+
+    @classmethod
+    def from_priv_key_uri(cls, priv_key_uri: str, public_key: Key, *_: object) -> "KeyService":
+        return cls(Path(priv_key_uri.partition(":")[2]), public_key)
+
+    @property
+    def public_key(self) -> Key:
+        return self._key
+
+    def sign(self, payload: bytes) -> Signature:
+        return CryptoSigner(load_key(self._path)).sign(payload)
+
+
+def create_token(tmp_path: Path, scheme: str) -> tuple[str, Path]:
+    """Return the URI of a signer that works while `token.pem` is there, and the file of its public key."""
+    (tmp_path / "token.pub").write_bytes(build_public_pem(create_key(tmp_path / "token.pem").public_key()))
+    return f"{scheme}:{tmp_path / 'token.pem'}", tmp_path / "token.pub"
+
+
+@pytest.mark.parametrize("scheme", ["file2", "service"])
+def test_signer_that_is_away_keeps_its_own_role_from_being_signed_and_no_other(
+    tmp_path: Path, repository: ReleaseRepository, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    monkeypatch.setitem(SIGNER_FOR_URI_SCHEME, "service", KeyService)
+    repository.rotate(Rotation(roles=("graphs",), signer=create_token(tmp_path, scheme)), now=NOW)
+    (tmp_path / "token.pem").unlink()
+    later = NOW + timedelta(days=300)
+    assert repository.refresh_expiring(later) == ("graphs",)
+    assert all(status.expires > later for status in repository.describe() if status.role != "timestamp")
+    with pytest.raises(ServerError, match=r"token\.pem"):
+        repository.renew(("graphs",), now=later)
+
+
+def test_damaged_metadata_is_named(directory: Directory, repository: ReleaseRepository) -> None:
+    for data in (b"", b"{}", b"not json"):
+        (directory.tuf_dir / "1.snapshot.json").write_bytes(data)
+        with pytest.raises(ServerError, match=r"1\.snapshot\.json"):
+            repository.refresh_expiring(NOW)
+
+
+def test_same_signer_a_second_time_is_refused_and_still_signs(
+    tmp_path: Path, directory: Directory, repository: ReleaseRepository
+) -> None:
+    rotation = Rotation(roles=("timestamp",), signer=create_token(tmp_path, "file2"))
+    repository.rotate(rotation, now=NOW)
+    with pytest.raises(UsageError, match="signs timestamp already"):
+        repository.rotate(rotation, now=NOW)
+    repository.renew(("timestamp",), now=NOW)
+
+
+def test_change_of_keys_that_fails_leaves_the_files_that_were_there(
+    tmp_path: Path, directory: Directory, repository: ReleaseRepository
+) -> None:
+    signer = create_token(tmp_path, "file2")
+    repository.rotate(Rotation(roles=("graphs",), signer=signer), now=NOW)
+    repository.rotate(Rotation(roles=("graphs",)), now=NOW)
+    (directory.offline_keys_dir / "targets.pem").unlink()
+    before = sorted(directory.path.rglob("*"))
+    with pytest.raises(OfflineKeyError):
+        repository.rotate(Rotation(roles=("graphs",), signer=signer), now=NOW)  # back to the token
+    assert sorted(directory.path.rglob("*")) == before
 
 
 def test_signer_that_has_another_key_is_refused(
