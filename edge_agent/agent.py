@@ -248,7 +248,8 @@ class Agent:
     def _find_manifest(self) -> ModelManifest | None:
         return self._engine.active.manifest if self._engine.active else None
 
-    def _build_owner_status(self) -> OwnerStatus:
+    async def _build_owner_status(self) -> OwnerStatus:
+        samples = await asyncio.to_thread(self._samples.keeper.count)  # waits for whoever uses them
         settings, current, model = self._settings, self._updater.current(), self._engine.active
         return OwnerStatus(
             device_id=settings.device_id,
@@ -261,7 +262,7 @@ class Agent:
             update=self._updater.phase,
             connected=self._link.connected,
             training=self._training.run,
-            samples=self._samples.keeper.count(),
+            samples=samples,
             unsent_events=self._reporter.count_unsent(),
             ignored_messages=self._reporter.ignored + self._sensor.ignored,
             dropped_messages=self._reporter.count_dropped(),
