@@ -17,6 +17,7 @@ from typing import Any
 import uvloop
 
 from edge_agent import __version__
+from edge_agent.children import forbid_core_dumps
 from edge_agent.collector import Collector
 from edge_agent.config import AgentSettings
 from edge_agent.errors import AgentError, RequestError, StalledError
@@ -58,6 +59,7 @@ def run_agent(settings: AgentSettings) -> None:
         SettingsError: Something the settings name cannot be had; nothing was started.
         AgentError: The agent cannot go on.
     """
+    forbid_core_dumps()
     try:
         root = settings.tuf_root_path.read_bytes()
         settings.state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
