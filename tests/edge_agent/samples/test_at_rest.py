@@ -323,3 +323,29 @@ def test_agent_that_looks_for_old_samples_seals_those_of_an_earlier_release(tmp_
     assert (keeper.forget_old(), keeper.count()) == (0, 1)
     assert not is_there(range(1, 2), read_files(tmp_path))
     keeper.close()
+
+
+def test_file_that_is_damaged_while_it_is_open_is_an_error_that_its_users_know(tmp_path: Path) -> None:
+    path = tmp_path / "samples.db"
+    keeper = open_keeper(tmp_path)
+    with open_store(tmp_path) as store:
+        keeper.add([sample(1)])
+        sqlite3.connect(path).execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        with path.open("r+b") as file:
+            file.seek(len(b"SQLite format 3\0"))
+            file.write(b"\xff" * path.stat().st_size)
+        for ask in (
+            lambda: store.has_key,
+            store.count,
+            store.forget_old,
+            lambda: store.find(bool),
+            lambda: store.load(X, Y),
+        ):
+            with pytest.raises(StalledError, match=r"samples\.db"):
+                ask()
+        assert keeper.count() is None
+        with pytest.raises(StalledError):
+            keeper.forget_old()
+        with pytest.raises(TransientError, match="not everything"):
+            keeper.forget(None)
+    keeper.close()
