@@ -70,6 +70,8 @@ class ChallengerUpdater:
 
     async def resume(self) -> None:
         """Serve what the slot holds from before; call it once, when the champion answers."""
+        for damage in self._slot.damage:
+            self._refuse(damage)
         async with self._busy:
             if self._serve is not None and self._slot.held is not None and self._served is None:
                 await self._attempt(self._try(self._serve))
@@ -133,6 +135,8 @@ class ChallengerUpdater:
         try:
             challenger = await asyncio.to_thread(self._slot.begin_try)
         except StalledError as error:
+            self._served = None
+            await asyncio.to_thread(serve, None)
             await asyncio.to_thread(self._slot.drop)
             raise TransientError(str(error)) from error
         try:

@@ -54,11 +54,15 @@ class _State:
 
 
 class ChallengerSlot:
-    """Slot c under the directory of all slots; one process uses it."""
+    """Slot c under the directory of all slots; one process uses it.
+
+    Attributes:
+        damage: What was found broken at the start, one line each.
+    """
 
     def __init__(self, slots_dir: Path) -> None:
         self._dir, self._path = slots_dir / "c", slots_dir / "challenger.json"
-        self._dir.mkdir(parents=True, exist_ok=True)
+        self.damage: list[str] = []
         self._state = self._load_state()
 
     @property
@@ -73,6 +77,7 @@ class ChallengerSlot:
         self, manifest: bytes, names: Iterable[str], read: Callable[[FileEntry], Iterator[bytes]], split: Split
     ) -> None:
         """Write a version to the slot and arm its trial; arguments and errors are those of `fill_slot`."""
+        self._dir.mkdir(parents=True, exist_ok=True)
         self._save(replace(self._state, held=None))
         fill_slot(self._dir, manifest, names, read)
         version = parse_manifest(manifest).version
@@ -124,7 +129,10 @@ class ChallengerSlot:
     def _load_state(self) -> _State:
         try:
             return parse_json(self._path.read_bytes(), _State)
-        except (FileNotFoundError, ContractError):  # the next offer brings it again
+        except FileNotFoundError:
+            return _State()
+        except (OSError, ContractError) as error:  # the next offer brings it again
+            self.damage.append(f"slots/challenger.json is unreadable: {error}")
             return _State()
 
     def _save(self, state: _State) -> None:

@@ -259,3 +259,24 @@ def test_damaged_slot_leaves_the_champion_alone_and_heals_with_the_next_offer(
     device.receive()
     assert (device.version, device.challenger) == (1, None)
     assert device.receive(offer)[-1] is SET
+
+
+@pytest.mark.parametrize(("name", "said"), [("challenger.json", "challenger.json is unreadable"), ("c", "File exists")])
+def test_slot_that_the_disk_does_not_give_costs_the_challenger_and_not_the_agent(
+    broker: MemoryBroker,
+    server: ReleaseServer,
+    device: Device,
+    champion: Path,
+    rival: Path,
+    name: str,
+    said: str,
+) -> None:
+    path = device.path / "slots" / name
+    if name == "c":
+        path.write_bytes(b"")
+    else:
+        path.mkdir()
+    device = restart(device, broker, server)
+    assert REFUSED in device.receive(server.release(champion, challenger=rival, split=TENTH))
+    assert said in device.events[0][1]
+    assert (device.version, device.challenger) == (1, None)
