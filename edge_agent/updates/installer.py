@@ -140,7 +140,7 @@ class Updater:
     async def close(self) -> None:
         """End what is under way; the next start goes on from what is on disk."""
         self._retry.cancel()
-        self._challenger.close()
+        await self._challenger.close()
         await self._cancel_task()
 
     async def _open(self, payload: bytes) -> SignedTargets | None:
