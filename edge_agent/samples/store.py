@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 
 from edge_agent.errors import RequestError, StalledError, TransientError
-from edge_agent.samples.database import RESERVE_BYTES, Reserve, connect, delete, migrate, read_version
+from edge_agent.samples.database import RESERVE_BYTES, Reserve, connect, delete, delete_unsealed, migrate, read_version
 from edge_agent.samples.sealing import Array, Opened, Record, Sample, Sealer, SealError, parse_layout
 from models.tensors.spec import TensorSpec
 
@@ -178,10 +178,11 @@ class SampleStore:
 
         Raises:
             TransientError: Not all could be deleted, or their traces not yet.
+            SealError: Only some of what an earlier release left without a seal: that is sealed first, with a key.
         """
         try:
             if read_version(self._connection) == 0:
-                raise SealError(f"{self._path} holds samples of an earlier release: they are sealed first, with a key")
+                return self._forget_unsealed(ids)
             with self._lock, self._reserve.lend() as free_bytes:
                 self._has_traces = True
                 rows = self._list(ids)
@@ -206,6 +207,12 @@ class SampleStore:
     def close(self) -> None:
         with self._lock:
             self._connection.close()
+
+    def _forget_unsealed(self, ids: Iterable[int] | None) -> int:
+        if ids is not None:
+            raise SealError(f"{self._path} holds samples of an earlier release: they are sealed first, with a key")
+        with self._lock, self._reserve.lend():
+            return delete_unsealed(self._connection)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
