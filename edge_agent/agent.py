@@ -17,6 +17,7 @@ from typing import Any
 import uvloop
 
 from edge_agent import __version__
+from edge_agent.children import forbid_core_dumps
 from edge_agent.collector import Collector
 from edge_agent.config import AgentSettings
 from edge_agent.errors import AgentError, RequestError, StalledError
@@ -58,6 +59,7 @@ def run_agent(settings: AgentSettings) -> None:
         SettingsError: Something the settings name cannot be had; nothing was started.
         AgentError: The agent cannot go on.
     """
+    forbid_core_dumps()
     try:
         root = settings.tuf_root_path.read_bytes()
         settings.state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -248,7 +250,8 @@ class Agent:
     def _find_manifest(self) -> ModelManifest | None:
         return self._engine.active.manifest if self._engine.active else None
 
-    def _build_owner_status(self) -> OwnerStatus:
+    async def _build_owner_status(self) -> OwnerStatus:
+        samples = await asyncio.to_thread(self._samples.keeper.count)  # waits for whoever uses them
         settings, current, model = self._settings, self._updater.current(), self._engine.active
         return OwnerStatus(
             device_id=settings.device_id,
@@ -261,7 +264,7 @@ class Agent:
             update=self._updater.phase,
             connected=self._link.connected,
             training=self._training.run,
-            samples=self._samples.keeper.count(),
+            samples=samples,
             unsent_events=self._reporter.count_unsent(),
             ignored_messages=self._reporter.ignored + self._sensor.ignored,
             dropped_messages=self._reporter.count_dropped(),

@@ -130,13 +130,19 @@ def bound_this_process(*, memory_bytes: int, cpu_s: int, writes: bool) -> None:
         writes: Whether it may write files.
     """
     has_bytes = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-    limits = {resource.RLIMIT_AS: has_bytes + memory_bytes, resource.RLIMIT_CPU: cpu_s, resource.RLIMIT_CORE: 0}
+    forbid_core_dumps()
+    limits = {resource.RLIMIT_AS: has_bytes + memory_bytes, resource.RLIMIT_CPU: cpu_s}
     if not writes:
         limits[resource.RLIMIT_FSIZE] = 0
     for limit, most in limits.items():
         _, hard = resource.getrlimit(limit)
         allowed = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(limit, (allowed, allowed))
+
+
+def forbid_core_dumps() -> None:
+    """Have a crash of this process write nothing of its memory, such as keys and samples, to disk."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _be_copy(work: Callable[[], int], said: int) -> NoReturn:

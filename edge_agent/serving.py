@@ -127,10 +127,7 @@ def _build_app(server: "ModelServer", options: ServeOptions) -> "App":
         models=server.engine,
         add_samples=_refuse("keeps no samples"),
         build_inputs=partial(_build_inputs, server),
-        get_status=lambda: {
-            "model": server.engine.name,
-            "versions": [model.version for model in server.engine.list_models()],
-        },
+        get_status=partial(_build_status, server),
         get_privacy=_refuse("trains nothing"),
         get_metrics=server.build_metrics,
         record_latency=server.latencies.record,
@@ -139,6 +136,10 @@ def _build_app(server: "ModelServer", options: ServeOptions) -> "App":
         forget=_refuse("keeps no samples"),
     )
     return App(device, host=options.host)
+
+
+async def _build_status(server: "ModelServer") -> Mapping[str, Any]:
+    return {"model": server.engine.name, "versions": [model.version for model in server.engine.list_models()]}
 
 
 def _build_inputs(server: "ModelServer", rows: Sequence[Any]) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+from edge_agent.children import forbid_core_dumps
 from edge_agent.errors import AgentError, EngineError, StalledError
 from edge_agent.samples.store import SampleStore, open_samples
 from edge_agent.training import node
@@ -44,6 +45,7 @@ _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 def main() -> int:
     """Run the job on stdin; return the exit code."""
     _die_with_parent()
+    forbid_core_dumps()
     os.nice(_NICENESS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with os.fdopen(os.dup(1), "wb", buffering=0) as events:

@@ -37,7 +37,7 @@ class Device:
         models: What answers.
         add_samples: Keeps samples durably and returns their ids; may block.
         build_inputs: Returns raw rows as the model's inputs; may block.
-        get_status: A document for the device's owner.
+        get_status: A document for the device's owner, when it is found.
         get_privacy: What training has cost so far, a document for the device's owner; may block.
         get_metrics: Prometheus text.
         record_latency: Told how long each answer took, s.
@@ -51,7 +51,7 @@ class Device:
     models: Models
     add_samples: Callable[[Sequence[tuple[Any, Any]]], list[int]]
     build_inputs: Callable[[Sequence[Any]], Mapping[str, Array]]
-    get_status: Callable[[], object]
+    get_status: Callable[[], Awaitable[object]]
     get_privacy: Callable[[], object]
     get_metrics: Callable[[], str]
     record_latency: Callable[[float], None]
@@ -242,8 +242,8 @@ class App:
         rows = parse_rows(request.body)
         return Answer(oip.build_tensors(await asyncio.to_thread(self.device.build_inputs, rows)))
 
-    def _get_status(self, _request: Request) -> Answer:
-        return answer_json(self.device.get_status())
+    async def _get_status(self, _request: Request) -> Answer:
+        return answer_json(await self.device.get_status())
 
     async def _get_privacy(self, _request: Request) -> Answer:
         return answer_json(await asyncio.to_thread(self.device.get_privacy))

@@ -1,12 +1,12 @@
 """Who may ask what: nobody's web page anything, and only the owner's programs what writes or tells of the owner."""
 
 import hmac
-import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
 from edge_agent.errors import RequestError
+from models.contract.files import save_atomically
 from models.contract.settings import SettingsError
 
 TOKEN_NAME = "api.token"  # noqa: S105 - of its file
@@ -69,7 +69,8 @@ def load_token(path: Path) -> str:
         SettingsError: The file cannot be read or written, others may read it, or there is no token in it.
     """
     try:
-        _make(path)
+        if not path.exists():
+            save_atomically(path, f"{secrets.token_urlsafe(_TOKEN_BYTES)}\n".encode(), mode=_TOKEN_MODE)
         if path.stat().st_mode & 0o077:
             raise SettingsError(f"{path}: others may read this token; remove it, and another is made")
         token = path.read_text(encoding="ascii").strip()
@@ -78,15 +79,6 @@ def load_token(path: Path) -> str:
     if len(token) < _TOKEN_BYTES:
         raise SettingsError(f"{path}: expected a token of {_TOKEN_BYTES} characters or more; remove it for another")
     return token
-
-
-def _make(path: Path) -> None:
-    try:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _TOKEN_MODE)
-    except FileExistsError:
-        return
-    with os.fdopen(file, "w", encoding="ascii") as made:
-        made.write(secrets.token_urlsafe(_TOKEN_BYTES) + "\n")
 
 
 def _strip_port(host: str) -> str:

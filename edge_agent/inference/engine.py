@@ -5,6 +5,7 @@ A request keeps the version it began with until it is answered; the pair is one 
 
 import hashlib
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ class Engine:
         self.name = name
         self._rivalry: Rivalry | None = None
         self._load_again = load_again
+        self._changing = threading.RLock()
         self._loaded: tuple[ServedModel, ...] = ()
         self._limit = 0  # of 2 ** 64: keys that hash below it are the challenger's
         self._shadow: Shadow | None = None
@@ -56,12 +58,13 @@ class Engine:
 
     def activate(self, model: ServedModel | None) -> None:
         """Make `model` the champion; the old one is released after the last request that holds it."""
-        if self._shadow is not None:
-            self._shadow.close()
-        rivalry = self._rivalry if model is not None and self._may_challenge(model) else None
-        self._shadow = Shadow(rivalry.model) if rivalry is not None and rivalry.shadow else None
-        self._limit = 0 if rivalry is None else round(rivalry.weight * 2**64)
-        self._loaded = () if model is None else (model,) if rivalry is None else (model, rivalry.model)
+        with self._changing:
+            if self._shadow is not None:
+                self._shadow.close()
+            rivalry = self._rivalry if model is not None and self._may_challenge(model) else None
+            self._shadow = Shadow(rivalry.model) if rivalry is not None and rivalry.shadow else None
+            self._limit = 0 if rivalry is None else round(rivalry.weight * 2**64)
+            self._loaded = () if model is None else (model,) if rivalry is None else (model, rivalry.model)
 
     @property
     def rivalry(self) -> Rivalry | None:
@@ -70,8 +73,9 @@ class Engine:
 
     def challenge(self, rivalry: Rivalry | None) -> None:
         """Set a challenger beside the champion, while both take and give the same tensors; None takes it away."""
-        self._rivalry = rivalry
-        self.activate(self.active)
+        with self._changing:  # a champion that comes meanwhile is not undone
+            self._rivalry = rivalry
+            self.activate(self.active)
 
     def list_models(self) -> tuple[ServedModel, ...]:
         """Return every loaded version, the champion first."""

@@ -114,6 +114,16 @@ def delete(connection: sqlite3.Connection, records: Sequence[tuple[int, int]], b
     _shrink(connection, max(1, budget_bytes // (2 * _PAGE_BYTES)))
 
 
+def delete_unsealed(connection: sqlite3.Connection) -> int:
+    """Delete all that an earlier release kept without a seal; returns how many there were, and raises as `delete`."""
+    truncate_wal(connection)
+    with connection:
+        count = connection.execute("DELETE FROM samples").rowcount
+    truncate_wal(connection)
+    _shrink(connection, RESERVE_BYTES // _PAGE_BYTES)
+    return count
+
+
 class Reserve:
     """A file beside the database that takes up room, to be lent to a deletion on a full disk."""
 

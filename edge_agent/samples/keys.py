@@ -1,11 +1,11 @@
 """Secrets of the device that never leave it: a file that its owner alone can read, or a command that yields one."""
 
-import contextlib
 import os
+import select
 import shlex
 import signal
 import subprocess
-import threading
+import time
 from pathlib import Path
 
 from edge_agent.errors import StalledError
@@ -63,31 +63,38 @@ def fetch_key(command: str, *, timeout_s: float = COMMAND_TIMEOUT_S) -> bytes:
         )
     except (OSError, ValueError) as error:
         raise StalledError(f"samples.key_command cannot be run: {error}") from error
-    is_late = threading.Event()
-
-    def end(*, late: bool = True) -> None:
-        if late:
-            is_late.set()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-
-    timer = threading.Timer(timeout_s, end)
-    timer.start()
+    ends_s = time.monotonic() + timeout_s
     with child:
         assert child.stdout is not None
-        printed = child.stdout.read(_OUTPUT_MAX_BYTES + 1)
-        if len(printed) > _OUTPUT_MAX_BYTES:
-            end(late=False)
-        code = child.wait()
-        timer.cancel()
-    if is_late.is_set():
-        raise StalledError(f"samples.key_command took longer than {timeout_s:g} s")
+        try:
+            printed = _read_output(child.stdout.fileno(), ends_s)
+            code = child.wait(max(0.0, ends_s - time.monotonic()))
+        except (TimeoutError, subprocess.TimeoutExpired) as error:
+            raise StalledError(f"samples.key_command took longer than {timeout_s:g} s") from error
+        finally:
+            if child.returncode is None:
+                os.killpg(child.pid, signal.SIGKILL)
     return _parse_key(printed, code)
 
 
+def _read_output(descriptor: int, ends_s: float) -> bytes:
+    """Return all that comes; raises TimeoutError, also where a daemon that was left behind keeps the pipe open."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    printed = b""
+    while poll.poll(1000 * max(0.0, ends_s - time.monotonic())):
+        part = os.read(descriptor, _OUTPUT_MAX_BYTES + 1)
+        if not part:
+            return printed
+        printed += part
+        if len(printed) > _OUTPUT_MAX_BYTES:
+            raise StalledError(
+                f"samples.key_command printed more than {_OUTPUT_MAX_BYTES} bytes, expected 64 hex digits"
+            )
+    raise TimeoutError
+
+
 def _parse_key(printed: bytes, code: int) -> bytes:
-    if len(printed) > _OUTPUT_MAX_BYTES:
-        raise StalledError(f"samples.key_command printed more than {_OUTPUT_MAX_BYTES} bytes, expected 64 hex digits")
     if code:
         raise StalledError(f"samples.key_command ended with exit code {code}")
     if len(printed) == KEY_BYTES:

@@ -1,5 +1,6 @@
 """The user's private samples on disk, sealed: an acknowledged one survives a SIGKILL; several processes may use the file."""
 
+import contextlib
 import json
 import sqlite3
 import threading
@@ -14,7 +15,7 @@ from typing import Self
 import numpy as np
 
 from edge_agent.errors import RequestError, StalledError, TransientError
-from edge_agent.samples.database import RESERVE_BYTES, Reserve, connect, delete, migrate, read_version
+from edge_agent.samples.database import RESERVE_BYTES, Reserve, connect, delete, delete_unsealed, migrate, read_version
 from edge_agent.samples.sealing import Array, Opened, Record, Sample, Sealer, SealError, parse_layout
 from models.tensors.spec import TensorSpec
 
@@ -68,8 +69,9 @@ class SampleStore:
 
     @property
     def has_key(self) -> bool:
-        """Whether there is a key already that the samples are sealed with."""
-        return self._find_check() is not None
+        """Whether there is a key already that the samples are sealed with; raises StalledError."""
+        with self._reading():
+            return self._find_check() is not None
 
     @property
     def is_locked(self) -> bool:
@@ -130,9 +132,9 @@ class SampleStore:
             raise RequestError(f"the samples cannot be kept: {error}", status=507) from error
 
     def count(self) -> int:
-        table = "records" if read_version(self._connection) else "samples"
-        with self._lock:
-            return int(self._connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])  # noqa: S608
+        """Return how many there are; raises StalledError."""
+        with self._reading():
+            return self._count()
 
     def load(self, x_spec: TensorSpec, y_spec: TensorSpec) -> tuple[Array, Array]:
         """Return all samples of the model that fit both specs, stacked: x (n, *row shape) and y (n, *row shape), by age.
@@ -142,6 +144,7 @@ class SampleStore:
 
         Raises:
             SealError: There is no key, or a record does not open with it.
+            StalledError: The file is damaged.
         """
         by_layout: dict[bytes, tuple[list[int], list[bytes]]] = {}
         for record, opened in self._open_all("WHERE model = ?", (self._model,)):
@@ -161,7 +164,7 @@ class SampleStore:
         return np.concatenate(xs)[order], np.concatenate(ys)[order]
 
     def find(self, matches: Callable[[Opened], bool]) -> list[int]:
-        """Return the ids of the samples, of whatever model, that `matches` says yes to; raises SealError."""
+        """Return the ids of the samples, of whatever model, that `matches` says yes to; raises as `load`."""
         return [record.row for record, opened in self._open_all() if matches(opened)]
 
     def forget(self, ids: Iterable[int] | None = None) -> int:
@@ -175,10 +178,11 @@ class SampleStore:
 
         Raises:
             TransientError: Not all could be deleted, or their traces not yet.
+            SealError: Only some of what an earlier release left without a seal: that is sealed first, with a key.
         """
-        if read_version(self._connection) == 0:
-            raise SealError(f"{self._path} holds samples of an earlier release: they are sealed first, with a key")
         try:
+            if read_version(self._connection) == 0:
+                return self._forget_unsealed(ids)
             with self._lock, self._reserve.lend() as free_bytes:
                 self._has_traces = True
                 rows = self._list(ids)
@@ -191,10 +195,10 @@ class SampleStore:
         return len(rows)
 
     def forget_old(self) -> int:
-        """Delete what is kept for no longer, and every trace of what was deleted; raises TransientError."""
-        if read_version(self._connection) == 0:
-            return 0
-        with self._lock:
+        """Delete what is kept for no longer, and every trace of what was deleted; raises as `forget`, and StalledError."""
+        with self._reading():
+            if read_version(self._connection) == 0:
+                return 0
             old = [row for row, _ in self._list_old(0)]
             if old or self._has_traces:
                 return self.forget(old)
@@ -204,13 +208,32 @@ class SampleStore:
         with self._lock:
             self._connection.close()
 
+    def _forget_unsealed(self, ids: Iterable[int] | None) -> int:
+        if ids is not None:
+            raise SealError(f"{self._path} holds samples of an earlier release: they are sealed first, with a key")
+        with self._lock, self._reserve.lend():
+            return delete_unsealed(self._connection)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Have the store for oneself; what SQLite says of a damaged file is a StalledError."""
+        try:
+            with self._lock:
+                yield
+        except sqlite3.Error as error:
+            raise StalledError(f"{self._path}: {error}") from error
+
+    def _count(self) -> int:
+        table = "records" if read_version(self._connection) else "samples"
+        return int(self._connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])  # noqa: S608
+
     def _make_room(self, count: int) -> None:
         old = [(row,) for row, _ in self._list_old(count)]
         if old:
             self._has_traces = True
             self._connection.executemany("DELETE FROM records WHERE row = ?", old)
         most = self._retention.max_count
-        if most is not None and self.count() + count > most:
+        if most is not None and self._count() + count > most:
             raise RequestError(f"the device keeps at most {most} samples (samples.max_count)", status=507)
 
     def _list_old(self, coming: int) -> list[tuple[int, int]]:
@@ -219,7 +242,7 @@ class SampleStore:
         oldest_s = -1 if limits.keep_s is None else int(self._clock() - limits.keep_s)
         surplus = 0
         if limits.forgets_oldest and limits.max_count is not None and coming <= limits.max_count:
-            surplus = max(0, self.count() + coming - limits.max_count)
+            surplus = max(0, self._count() + coming - limits.max_count)
         rows = self._connection.execute(
             "SELECT row, length(sealed) FROM records WHERE kept_s < ? UNION"
             " SELECT * FROM (SELECT row, length(sealed) FROM records ORDER BY row LIMIT ?)",
@@ -244,7 +267,7 @@ class SampleStore:
 
     def _open_all(self, condition: str = "", values: tuple[str, ...] = ()) -> Iterator[tuple[Record, Opened]]:
         sealer = self._find_sealer()
-        with self._lock:
+        with self._reading():
             for row, model, kept_s, sealed in self._connection.execute(
                 f"SELECT * FROM records {condition} ORDER BY row",  # noqa: S608 - a constant
                 values,
@@ -255,8 +278,7 @@ class SampleStore:
     def _find_check(self) -> bytes | None:
         if read_version(self._connection) == 0:
             return None
-        with self._lock:
-            found = self._connection.execute("SELECT checked FROM key").fetchone()
+        found = self._connection.execute("SELECT checked FROM key").fetchone()
         return found[0] if found else None
 
     def _find_sealer(self) -> Sealer:

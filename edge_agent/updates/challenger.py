@@ -6,6 +6,7 @@ is never tried again. An owner who has configured a challenger keeps that one.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
@@ -67,9 +68,12 @@ class ChallengerUpdater:
         self._served: Held | None = None
         self._told = ""  # digest of what the owner's challenger was said to stand in the way of
         self._retry = Retry(self._try_again, delay_s=settings.retry_delay_s)
+        self._steady = Retry(self._give_back_tries, delay_s=settings.steady_s)
 
     async def resume(self) -> None:
         """Serve what the slot holds from before; call it once, when the champion answers."""
+        for damage in self._slot.damage:
+            self._refuse(damage)
         async with self._busy:
             if self._serve is not None and self._slot.held is not None and self._served is None:
                 await self._attempt(self._try(self._serve))
@@ -82,9 +86,11 @@ class ChallengerUpdater:
             if self._release is release:
                 await self._attempt(self._bring(release))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Try nothing again; the next start goes on from what is on disk."""
         self._retry.cancel()
+        self._steady.cancel()
+        await self._give_back_tries()  # an agent that ends in good order was not ended by a challenger
 
     async def _attempt(self, job: Awaitable[None]) -> None:
         try:
@@ -133,6 +139,8 @@ class ChallengerUpdater:
         try:
             challenger = await asyncio.to_thread(self._slot.begin_try)
         except StalledError as error:
+            self._served = None
+            await asyncio.to_thread(serve, None)
             await asyncio.to_thread(self._slot.drop)
             raise TransientError(str(error)) from error
         try:
@@ -146,7 +154,18 @@ class ChallengerUpdater:
         await asyncio.to_thread(self._slot.prove)
         self._served = self._slot.held
         self._settle()
+        self._steady.settle()
+        self._steady.later()
         self._on_event(EventKind.CHALLENGER_SET, f"it stands beside the champion, {held.split}", held.version)
+
+    async def _give_back_tries(self) -> None:
+        """Hold nothing against what serves; where something is under way, that decides."""
+        if self._served is None or self._served != self._slot.held or self._busy.locked():
+            return
+        async with self._busy:
+            with contextlib.suppress(OSError):  # the disk is full: it has fewer tries, and serves on
+                await asyncio.to_thread(self._slot.give_back_tries)
+                self._served = self._slot.held
 
     async def _reject(self, serve: ServeChallenger, version: int, reason: str) -> None:
         await asyncio.to_thread(serve, None)

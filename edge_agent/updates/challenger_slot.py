@@ -27,13 +27,15 @@ class Held:
 
     Attributes:
         split: What the release lets it do.
-        tries_left: Falls before each try; None once the version has answered.
+        tries_left: Falls before each try and each start; all are back once the version has served for a while.
+        is_proven: Whether it has answered.
     """
 
     digest: str
     version: int
     split: Split
-    tries_left: int | None = TRIES
+    tries_left: int = TRIES
+    is_proven: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +56,15 @@ class _State:
 
 
 class ChallengerSlot:
-    """Slot c under the directory of all slots; one process uses it."""
+    """Slot c under the directory of all slots; one process uses it.
+
+    Attributes:
+        damage: What was found broken at the start, one line each.
+    """
 
     def __init__(self, slots_dir: Path) -> None:
         self._dir, self._path = slots_dir / "c", slots_dir / "challenger.json"
-        self._dir.mkdir(parents=True, exist_ok=True)
+        self.damage: list[str] = []
         self._state = self._load_state()
 
     @property
@@ -73,35 +79,35 @@ class ChallengerSlot:
         self, manifest: bytes, names: Iterable[str], read: Callable[[FileEntry], Iterator[bytes]], split: Split
     ) -> None:
         """Write a version to the slot and arm its trial; arguments and errors are those of `fill_slot`."""
+        self._dir.mkdir(parents=True, exist_ok=True)
         self._save(replace(self._state, held=None))
         fill_slot(self._dir, manifest, names, read)
         version = parse_manifest(manifest).version
         self._save(replace(self._state, held=Held(digest=build_digest(manifest), version=version, split=split)))
 
     def set_split(self, split: Split) -> None:
-        """Let the version do something else from now on."""
-        self._save(replace(self._state, held=replace(self.get_held(), split=split)))
+        """Let the version do something else from now on, with all its tries."""
+        self._save(replace(self._state, held=replace(self.get_held(), split=split, tries_left=TRIES)))
 
     def begin_try(self) -> Challenger:
-        """Take one of the version's tries, on disk, unless it has proved itself; return it.
+        """Take one of the version's tries, on disk, and return it.
 
         Raises:
-            StalledError: None is left, or the slot does not verify any more; reject or drop it.
+            StalledError: There is no version, or the slot does not verify any more; drop it.
         """
         held = self.get_held()
         manifest = load_manifest(self._dir, held.digest)
-        if held.tries_left is not None:
-            self._save(replace(self._state, held=replace(held, tries_left=held.tries_left - 1)))
-        return Challenger(manifest=manifest, directory=self._dir, split=held.split, is_proven=held.tries_left is None)
+        self._save(replace(self._state, held=replace(held, tries_left=held.tries_left - 1)))
+        return Challenger(manifest=manifest, directory=self._dir, split=held.split, is_proven=held.is_proven)
 
     def prove(self) -> None:
         """Remember that the version has answered."""
         held = self.get_held()
-        if held.tries_left is not None:
-            self._save(replace(self._state, held=replace(held, tries_left=None)))
+        if not held.is_proven:
+            self._save(replace(self._state, held=replace(held, is_proven=True)))
 
     def give_back_tries(self) -> None:
-        """Begin anew: nothing was found out about the version."""
+        """Begin anew: nothing was found out about the version, or nothing bad for a while."""
         self._save(replace(self._state, held=replace(self.get_held(), tries_left=TRIES)))
 
     def reject(self) -> None:
@@ -124,7 +130,10 @@ class ChallengerSlot:
     def _load_state(self) -> _State:
         try:
             return parse_json(self._path.read_bytes(), _State)
-        except (FileNotFoundError, ContractError):  # the next offer brings it again
+        except FileNotFoundError:
+            return _State()
+        except (OSError, ContractError) as error:  # the next offer brings it again
+            self.damage.append(f"slots/challenger.json is unreadable: {error}")
             return _State()
 
     def _save(self, state: _State) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from edge_agent.errors import StalledError
+from edge_agent.errors import StalledError, TransientError
 from models.contract.encoding import build_digest
 from models.contract.errors import ContractError
 from models.contract.files import save_atomically, sync_directory
@@ -28,7 +28,7 @@ def fill_slot(
 
     Raises:
         OSError: The disk is full or broken; what was written is removed.
-        StalledError: A file is not what the manifest says.
+        TransientError: A file is not what the manifest says.
     """
     entries = parse_manifest(manifest).files
     files = {name: entries[name] for name in names}
@@ -100,4 +100,4 @@ def _write_file(path: Path, entry: FileEntry, blocks: Iterator[bytes]) -> None:
         file.flush()
         os.fsync(file.fileno())
     if sha256.hexdigest() != entry.digest:
-        raise StalledError(f"{path.name} changed while it was staged")
+        raise TransientError(f"{path.name} changed while it was staged")

@@ -140,7 +140,7 @@ class Updater:
     async def close(self) -> None:
         """End what is under way; the next start goes on from what is on disk."""
         self._retry.cancel()
-        self._challenger.close()
+        await self._challenger.close()
         await self._cancel_task()
 
     async def _open(self, payload: bytes) -> SignedTargets | None:
@@ -179,9 +179,9 @@ class Updater:
         return job if action is Action.FETCH else None
 
     async def _update_key(self, release: SignedTargets) -> None:
-        entry = release.find_target(COORDINATOR_KEY_TARGET)
         path = self.coordinator_key_path
         try:
+            entry = release.find_target(COORDINATOR_KEY_TARGET)
             if entry is None or (path.exists() and build_digest(path.read_bytes()) == entry.digest):
                 return
             async with asyncio.timeout(self._settings.deadline_s):

@@ -14,6 +14,7 @@ class UpdaterSettings:
         window: Chunks asked for at once.
         trial_timeout_s: A version that is not healthy by then hangs.
         retry_delay_s: Before the first retry.
+        steady_s: A challenger that has served for so long has all its tries again.
     """
 
     fleet: str
@@ -24,3 +25,4 @@ class UpdaterSettings:
     window: int = 4
     trial_timeout_s: float = 60.0
     retry_delay_s: float = 5.0
+    steady_s: float = 300.0

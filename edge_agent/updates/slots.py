@@ -99,7 +99,7 @@ class Slots:
 
         Raises:
             OSError: The disk is full or broken; what was written is removed, the active version is untouched.
-            StalledError: A file is not what the manifest says.
+            TransientError: A file is not what the manifest says.
         """
         slot: SlotName = "b" if self.active is not None and self.active.slot == "a" else "a"
         if self._state.previous is not None or self._state.trial is not None:
@@ -149,7 +149,7 @@ class Slots:
             return parse_json((self._dir / "state.json").read_bytes(), _State)
         except FileNotFoundError:
             return _State()
-        except ContractError as error:
+        except (OSError, ContractError) as error:
             self.damage.append(f"slots/state.json is unreadable: {error}")
             return _State()
 

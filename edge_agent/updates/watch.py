@@ -1,7 +1,10 @@
 """A broker can withhold newer offers, but not beyond the expiry of the one it shows: that is told, again and again."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
+
+logger = logging.getLogger(__name__)
 
 INTERVAL_S = 3600.0  # opening an offer takes 0.3 s of processor time; the shortest lifetime is a day
 
@@ -23,5 +26,9 @@ class OfferWatch:
         """Run until cancelled."""
         while True:
             await asyncio.sleep(self._interval_s)
-            if self._newest is not None:
+            if self._newest is None:
+                continue
+            try:
                 await self._handle_offer(self._newest)
+            except Exception:
+                logger.exception("the newest offer could not be handled again")

@@ -1,10 +1,14 @@
 """What an owner had forgotten is gone, by command and by API; a lost key or a full disk costs no answer."""
 
 import json
+import os
+import shlex
+import socket
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -196,3 +200,19 @@ def test_device_with_a_full_disk_serves_keeps_nothing_new_and_forgets(tmp_path: 
         assert not any(has_bytes(device, data) for data in sealed.values())
         infer(device)
         assert device.status()["samples"] == 0
+
+
+def test_owner_who_asks_for_the_status_while_the_key_is_awaited_costs_no_answer(tmp_path: Path) -> None:
+    fifo = tmp_path / "key"
+    os.mkfifo(fifo)
+    extra = f"[samples]\nkey_command = {json.dumps(shlex.join(['cat', str(fifo)]))}\n"
+    with start_device(tmp_path / "device", extra) as device, ThreadPoolExecutor() as threads:
+        keeping = threads.submit(keep, device, [SAMPLE])
+        with fifo.open("wb") as key, socket.socket(socket.AF_UNIX) as owner:  # the command reads: the store is locked
+            owner.connect(str(device.uds_path))
+            owner.sendall(b"GET /v1/status HTTP/1.1\r\nhost: device\r\n\r\n")
+            infer(device)
+            assert not keeping.done()
+            key.write(bytes(range(32)))
+        assert keeping.result() == [1]
+        assert device.status()["samples"] == 1

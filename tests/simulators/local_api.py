@@ -4,6 +4,10 @@ from edge_agent.http.app import Device
 from edge_agent.http.ports import Models
 
 
+async def _build_nothing() -> dict[str, object]:
+    return {}
+
+
 def build_device(models: Models) -> Device:
     """Return a device that keeps nothing and tells nothing."""
     return Device(
@@ -11,7 +15,7 @@ def build_device(models: Models) -> Device:
         models=models,
         add_samples=lambda _samples: [],
         build_inputs=lambda _rows: {},
-        get_status=dict,
+        get_status=_build_nothing,
         get_privacy=dict,
         get_metrics=str,
         record_latency=lambda _seconds: None,

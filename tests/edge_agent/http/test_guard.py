@@ -1,5 +1,7 @@
 """The token that lets a program of the owner's write over TCP."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,20 @@ def test_token_that_others_may_read_or_that_is_none_is_refused(tmp_path: Path) -
             load_token(path)
     with pytest.raises(SettingsError, match="No such file"):
         load_token(tmp_path / "no" / "token")
+
+
+def test_token_that_could_not_be_written_whole_is_made_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def be_full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", be_full)
+    with pytest.raises(SettingsError, match="No space left"):
+        load_token(tmp_path / "token")
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
+    assert load_token(tmp_path / "token")
 
 
 @pytest.mark.parametrize(

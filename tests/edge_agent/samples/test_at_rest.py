@@ -309,12 +309,17 @@ def test_writer_killed_on_a_full_disk_leaves_what_it_acknowledged(small_disk: Pa
         assert len(store.load(TensorSpec("x", ("batch", 500), "float32"), Y)[0]) == store.count()
 
 
-def test_unsealed_store_is_not_touched_without_a_key(tmp_path: Path) -> None:
-    save_unsealed(tmp_path / "samples.db", [sample(1)])
+def test_unsealed_store_is_not_touched_without_a_key_but_to_forget_all_of_it(tmp_path: Path) -> None:
+    save_unsealed(tmp_path / "samples.db", [sample(n) for n in range(1, 31)])
     with open_store(tmp_path, None) as store:
-        assert store.count() == 1
+        assert store.count() == 30
         with pytest.raises(StalledError, match="earlier release"):
-            store.forget()
+            store.forget([1])
+        assert store.forget() == 30
+        assert not is_there(range(1, 31), read_files(tmp_path))
+        assert store.count() == 0
+    with open_store(tmp_path, KEY) as store:
+        assert store.add([sample(31)]) == [31]
 
 
 def test_agent_that_looks_for_old_samples_seals_those_of_an_earlier_release(tmp_path: Path) -> None:
@@ -322,4 +327,30 @@ def test_agent_that_looks_for_old_samples_seals_those_of_an_earlier_release(tmp_
     keeper = open_keeper(tmp_path)
     assert (keeper.forget_old(), keeper.count()) == (0, 1)
     assert not is_there(range(1, 2), read_files(tmp_path))
+    keeper.close()
+
+
+def test_file_that_is_damaged_while_it_is_open_is_an_error_that_its_users_know(tmp_path: Path) -> None:
+    path = tmp_path / "samples.db"
+    keeper = open_keeper(tmp_path)
+    with open_store(tmp_path) as store:
+        keeper.add([sample(1)])
+        sqlite3.connect(path).execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        with path.open("r+b") as file:
+            file.seek(len(b"SQLite format 3\0"))
+            file.write(b"\xff" * path.stat().st_size)
+        for ask in (
+            lambda: store.has_key,
+            store.count,
+            store.forget_old,
+            lambda: store.find(bool),
+            lambda: store.load(X, Y),
+        ):
+            with pytest.raises(StalledError, match=r"samples\.db"):
+                ask()
+        assert keeper.count() is None
+        with pytest.raises(StalledError):
+            keeper.forget_old()
+        with pytest.raises(TransientError, match="not everything"):
+            keeper.forget(None)
     keeper.close()

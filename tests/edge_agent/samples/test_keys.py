@@ -1,6 +1,8 @@
 """The device's secrets: a file nobody else can read, or a command that yields them within bounds."""
 
+import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -62,3 +64,13 @@ def test_command_that_never_ends_is_ended_with_what_it_started(tmp_path: Path) -
         assert not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z"
     with pytest.raises(StalledError, match="cannot be run"):
         fetch_key("/no/such/program")
+
+
+def test_daemon_that_the_command_leaves_with_its_output_holds_nobody_up(tmp_path: Path) -> None:
+    pid_path = tmp_path / "pid"
+    script = f"setsid sleep 8 & echo $! > {shlex.quote(str(pid_path))}; echo {'00' * 32}"
+    with pytest.raises(StalledError, match="longer than 1 s"):
+        fetch_key(shlex.join(["sh", "-c", script]), timeout_s=1)
+    pid = int(pid_path.read_text())
+    assert " (sleep) S " in Path(f"/proc/{pid}/stat").read_text()
+    os.kill(pid, signal.SIGKILL)

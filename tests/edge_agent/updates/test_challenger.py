@@ -259,3 +259,59 @@ def test_damaged_slot_leaves_the_champion_alone_and_heals_with_the_next_offer(
     device.receive()
     assert (device.version, device.challenger) == (1, None)
     assert device.receive(offer)[-1] is SET
+
+
+@pytest.mark.parametrize(("name", "said"), [("challenger.json", "challenger.json is unreadable"), ("c", "File exists")])
+def test_slot_that_the_disk_does_not_give_costs_the_challenger_and_not_the_agent(
+    broker: MemoryBroker,
+    server: ReleaseServer,
+    device: Device,
+    champion: Path,
+    rival: Path,
+    name: str,
+    said: str,
+) -> None:
+    path = device.path / "slots" / name
+    if name == "c":
+        path.write_bytes(b"")
+    else:
+        path.mkdir()
+    device = restart(device, broker, server)
+    assert REFUSED in device.receive(server.release(champion, challenger=rival, split=TENTH))
+    assert said in device.events[0][1]
+    assert (device.version, device.challenger) == (1, None)
+
+
+def test_challenger_that_ends_the_agent_while_it_serves_does_so_three_times_at_most(
+    broker: MemoryBroker, server: ReleaseServer, device: Device, champion: Path, rival: Path
+) -> None:
+    offer = server.release(champion, challenger=rival, split=TENTH)
+    device.receive(offer)
+    for _ in range(TRIES):
+        device = restart(device, broker, server)
+        asyncio.run(device.updater.start())  # killed: not closed
+        assert device.challenger == (2, "with weight 0.1")
+    device = restart(device, broker, server)
+    assert device.receive(offer) == [REFUSED]
+    assert device.last_message == "never tried again: it ended the agent 3 times"
+    assert (device.version, device.challenger) == (1, None)
+
+
+def test_challenger_that_has_served_for_a_while_is_not_blamed_for_the_power_cuts_after_it(
+    broker: MemoryBroker, server: ReleaseServer, device: Device, champion: Path, rival: Path
+) -> None:
+    offer = server.release(champion, challenger=rival, split=TENTH)
+    device.receive(offer)
+
+    async def serve_for_a_while() -> None:
+        await device.updater.start()
+        slot = device.updater._challenger._slot
+        async with asyncio.timeout(10):
+            while slot.get_held().tries_left < TRIES:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.01)
+        await device.updater.handle_offer(offer)
+
+    for _ in range(TRIES + 1):
+        device = restart(device, broker, server, steady_s=0.01)
+        asyncio.run(serve_for_a_while())
+        assert device.events == [(SET, "it stands beside the champion, with weight 0.1", 2)]
