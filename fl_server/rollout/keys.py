@@ -17,7 +17,6 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
     load_pem_public_key,
 )
-from securesystemslib.exceptions import UnverifiedSignatureError
 from securesystemslib.signer import CryptoSigner, Key, Signer, SSlibKey
 
 from fl_server.errors import OfflineKeyError, ServerError, UsageError
@@ -146,11 +145,14 @@ def save_external(
     """
     try:
         public = SSlibKey.from_crypto(load_pem_public_key(public_key_path.read_bytes()))
-        if public.keyid in known:
-            raise UsageError(f"{public_key_path}: this key signs {role} already")
-        signature = _open_external(uri, public).sign(b"test")
-        public.verify_signature(signature, b"test")
-    except (ValueError, TypeError, UnsupportedAlgorithm, UnverifiedSignatureError) as error:
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ServerError(f"{public_key_path}: {error}") from error
+    if public.keyid in known:
+        raise UsageError(f"{public_key_path}: this key signs {role} already")
+    signer = _open_external(uri, public)
+    try:
+        public.verify_signature(signer.sign(b"test"), b"test")
+    except Exception as error:  # every kind of signer has errors of its own
         raise ServerError(f"{public_key_path}, {uri}: {error}") from error
     path = folder / f"{role}-{public.keyid[:KEYID_SHOWN]}.signer"
     save_atomically(path, build_json(ExternalSigner(keyid=public.keyid, uri=uri)), mode=0o600)

@@ -194,6 +194,10 @@ def test_signer_that_is_away_keeps_its_own_role_from_being_signed_and_no_other(
     assert all(status.expires > later for status in repository.describe() if status.role != "timestamp")
     with pytest.raises(ServerError, match=r"token\.pem"):
         repository.renew(("graphs",), now=later)
+    with pytest.raises(ServerError, match=r"token\.pem"):
+        repository.rotate(
+            Rotation(roles=("targets",), signer=(f"{scheme}:{tmp_path / 'token.pem'}", tmp_path / "token.pub")), now=NOW
+        )
 
 
 def test_damaged_metadata_is_named(directory: Directory, repository: ReleaseRepository) -> None:
