@@ -138,6 +138,7 @@ def read_roles(broker: Mosquitto) -> dict[str, dict]:
 
 def test_challenger_is_offered_with_its_split_and_promoted_rolled_back_or_withdrawn(federation, broker):
     federation.start()
+    federation.wait_for_log("connected to the broker")  # a command before that says that its job waits
     second = write_second_version(federation)
     challenge = ("release", second, "--challenger", "--weight", "0.10")
     done = federation.command(*challenge)
