@@ -281,7 +281,7 @@ def test_run_of_the_device_unit_releases_its_statement_and_charges_each_device_o
     assert str(statement.epsilon) in {outcome["epsilon"] for outcome in result["rounds"]}
     refused = federation.command("train", MODEL, "--rounds", "1")
     assert refused.returncode == 1
-    assert "under the privacy unit device" in refused.stderr
+    assert "the privacy unit device" in refused.stderr
     with Roster(federation.directory / "coordinator.db") as roster:
         for device in devices:
             [spent] = roster.get_ledger(device.device_id).spent

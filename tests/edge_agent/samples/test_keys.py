@@ -10,6 +10,7 @@ import pytest
 
 from edge_agent.errors import StalledError
 from edge_agent.samples.keys import MissingKeyError, fetch_key, load_key
+from tests.simulators.waiting import wait_until
 
 
 def python(code: str) -> str:
@@ -61,7 +62,10 @@ def test_command_that_never_ends_is_ended_with_what_it_started(tmp_path: Path) -
         fetch_key(python(code), timeout_s=1)
     if pid_path.exists():
         path = Path(f"/proc/{pid_path.read_text()}/stat")
-        assert not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z"
+        wait_until(
+            lambda: not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z",
+            "the child to have ended",
+        )
     with pytest.raises(StalledError, match="cannot be run"):
         fetch_key("/no/such/program")
 
