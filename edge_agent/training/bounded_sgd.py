@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_agent.training.dp_sgd import Sampler
-from edge_agent.training.optimizers import build_optimizer
+from edge_agent.training.optimizers import Descent
 from edge_agent.training.step import Step
 from models.contract.privacy import PrivacyPlan, TrainingPlan
 from models.tensors.layout import Vector
@@ -47,21 +47,16 @@ def bounded_training(
         StalledError: The step fails.
     """
     rate = min(training.expected_batch / max(len(x), 1), Decimal(1))
-    optimizer = build_optimizer(training, step.size)
-    pull = np.float32(training.proximal_mu * training.expected_batch)
-    moved, current = np.zeros_like(parameters), parameters.copy()
+    descent = Descent(training, parameters)
     with np.errstate(over="ignore", invalid="ignore"):  # a warning would tell of the samples, too
         for _ in range(training.steps):
             drawn = np.flatnonzero(sampler(len(x), rate))
-            total = step.clipped_sum(x[drawn], y[drawn], _UNBOUNDED, current)
+            total = step.clipped_sum(x[drawn], y[drawn], _UNBOUNDED, descent.current)
             if len(x) < training.expected_batch:
                 total *= float(training.expected_batch) / max(len(x), 1)  # all samples are a batch of their own size
-            gradient = total.astype(np.float32)
-            if pull:
-                np.add(gradient, pull * moved, out=gradient)
-            optimizer(gradient)
-            np.subtract(moved, gradient, out=moved)
-            np.add(parameters, moved, out=current)
-    if not np.isfinite(moved).all():
-        return np.zeros_like(moved)  # training diverged; to say so would tell of the samples, and nobody noises a word
-    return clip_norm(moved, float(privacy.clipping_norm))
+            descent.step(total)
+    if not np.isfinite(descent.moved).all():
+        return np.zeros_like(
+            parameters
+        )  # training diverged; to say so would tell of the samples, and nobody noises a word
+    return clip_norm(descent.moved, float(privacy.clipping_norm))

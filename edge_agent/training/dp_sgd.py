@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from edge_agent.training.optimizers import build_optimizer
+from edge_agent.training.optimizers import Descent
 from edge_agent.training.sensitivity import TOLERANCE
 from edge_agent.training.step import Step
 from models.contract.privacy import PrivacyPlan, TrainingPlan
@@ -62,17 +62,10 @@ def local_training(
     clipping_norm = float(privacy.clipping_norm)
     standard_deviation = float(privacy.noise_multiplier) * clipping_norm * _SENSITIVITY
     grid = build_grid(step.size, clipping_norm)
-    optimizer = build_optimizer(training, step.size)
-    pull = np.float32(training.proximal_mu * training.expected_batch)
-    moved, current, noised = np.zeros_like(parameters), parameters.copy(), np.empty_like(parameters)
+    descent = Descent(training, parameters)
     for _ in range(training.steps):
         drawn = np.flatnonzero(sampler(len(x), privacy.sampling_rate))
-        total = step.clipped_sum(x[drawn], y[drawn], clipping_norm, current)
+        total = step.clipped_sum(x[drawn], y[drawn], clipping_norm, descent.current)
         add_on_grid(total, noise(step.size, standard_deviation), grid)
-        np.copyto(noised, total, casting="same_kind")
-        if pull:
-            np.add(noised, pull * moved, out=noised)
-        optimizer(noised)
-        np.subtract(moved, noised, out=moved)
-        np.add(parameters, moved, out=current)
-    return moved
+        descent.step(total)
+    return descent.moved

@@ -1,24 +1,51 @@
-"""What a device makes of a noised sum of gradients: SGD with momentum, or Adam.
+"""What a device makes of sums of gradients: SGD with momentum, or Adam, with FedProx's pull to where a round began.
 
-Post-processing, so privacy has no part in it, and float32 will do. State begins anew each round: it would else be one
+Noise, where a device adds any, is on the sums already: privacy has no part in this, and float32 will do. State begins anew each round: it would else be one
 more thing that a device keeps about its data.
 
 Source:
     Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1 (Adam).
+    Li et al. 2020, arXiv:1812.06127 (FedProx).
 """
 
 from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from models.contract.privacy import ADAM_DECAYS, TrainingPlan
 from models.tensors.layout import Vector
 
-# A noised sum, shape (n,), that is overwritten with what to subtract from the parameters.
+# A sum, shape (n,), that is overwritten with what to subtract from the parameters.
 Optimizer: TypeAlias = Callable[[Vector], None]
 
 _ADAM_EPSILON = np.float32(1e-8)
+
+
+class Descent:
+    """One round's way from where it began.
+
+    Attributes:
+        current: Where it is, shape (n,).
+        moved: How far that is from where it began, shape (n,).
+    """
+
+    def __init__(self, training: TrainingPlan, parameters: Vector) -> None:
+        """Begin at `parameters`, shape (n,), which are not modified."""
+        self.current, self.moved = parameters.copy(), np.zeros_like(parameters)
+        self._start, self._gradient = parameters, np.empty_like(parameters)
+        self._optimizer = build_optimizer(training, len(parameters))
+        self._pull = np.float32(training.proximal_mu * training.expected_batch)
+
+    def step(self, total: npt.NDArray[np.float64]) -> None:
+        """Go one step along `total`, a sum of gradients over a batch, shape (n,)."""
+        np.copyto(self._gradient, total, casting="same_kind")
+        if self._pull:
+            np.add(self._gradient, self._pull * self.moved, out=self._gradient)
+        self._optimizer(self._gradient)
+        np.subtract(self.moved, self._gradient, out=self.moved)
+        np.add(self._start, self.moved, out=self.current)
 
 
 def build_optimizer(training: TrainingPlan, size: int) -> Optimizer:

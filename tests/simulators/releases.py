@@ -1,11 +1,13 @@
-"""A coordinator's release path and a device's update path, joined by a broker in memory."""
+"""A coordinator's release path and a device's update path, joined by a broker in memory or by a real one."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from edge_agent.link.mqtt import Broker, Link, Publication
 from edge_agent.updates.challenger_slot import Challenger
 from edge_agent.updates.fetcher import open_offer
 from edge_agent.updates.installer import Updater
@@ -31,6 +33,7 @@ from models.contract.manifest import (
 from models.contract.messages import EventKind
 from models.contract.offer import build_offer
 from models.contract.terms import Role, Split
+from models.contract.topics import build_offer_topic
 from models.tensors.layout import Layout
 from models.tensors.spec import TensorSpec
 from tests.simulators.broker_memory import MemoryBroker
@@ -187,3 +190,29 @@ class Device:
     @property
     def last_message(self) -> str:
         return self.events[-1][1]
+
+
+@asynccontextmanager
+async def running_device(path: Path, port: int, root: bytes) -> AsyncIterator[tuple[Device, asyncio.Queue[bytes]]]:
+    """Yield a device over the agent's own link to the broker at `port`, and the offers that it hears."""
+    offers: asyncio.Queue[bytes] = asyncio.Queue()
+    link = Link(
+        Broker(
+            host="127.0.0.1",
+            port=port,
+            client_id="device-1",
+            keepalive_s=30,
+            subscriptions=(build_offer_topic(FLEET),),
+        ),
+        build_will=lambda: Publication(topic=f"fl/v1/{FLEET}/device/device-1/status", payload=b"{}", retain=True),
+        on_message=lambda _topic, payload: offers.put_nowait(payload),
+        on_connected=lambda: None,
+    )
+    device = Device(path, link, root)
+    running = asyncio.create_task(link.run())
+    try:
+        yield device, offers
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+        await device.updater.close()

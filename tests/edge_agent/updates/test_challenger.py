@@ -24,16 +24,6 @@ SET, REFUSED, ENDED = EventKind.CHALLENGER_SET, EventKind.CHALLENGER_REFUSED, Ev
 
 
 @pytest.fixture
-def broker() -> MemoryBroker:
-    return MemoryBroker()
-
-
-@pytest.fixture
-def server(tmp_path: Path, broker: MemoryBroker) -> ReleaseServer:
-    return ReleaseServer(tmp_path / "server", broker)
-
-
-@pytest.fixture
 def champion(server: ReleaseServer) -> Path:
     return server.write_version(1, b"one" + BIG)
 

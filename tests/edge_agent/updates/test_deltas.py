@@ -20,16 +20,6 @@ TEMPLATE = b"template"
 
 
 @pytest.fixture
-def broker() -> MemoryBroker:
-    return MemoryBroker()
-
-
-@pytest.fixture
-def server(tmp_path: Path, broker: MemoryBroker) -> ReleaseServer:
-    return ReleaseServer(tmp_path / "server", broker)
-
-
-@pytest.fixture
 def device(tmp_path: Path, broker: MemoryBroker, server: ReleaseServer) -> Device:
     """A device that holds the old weights and has read nothing since."""
     device = Device(tmp_path / "device", broker, server.root)

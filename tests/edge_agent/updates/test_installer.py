@@ -23,16 +23,6 @@ HAPPY = [EventKind.DOWNLOADING, EventKind.DOWNLOADED, EventKind.VERIFIED, EventK
 
 
 @pytest.fixture
-def broker() -> MemoryBroker:
-    return MemoryBroker()
-
-
-@pytest.fixture
-def server(tmp_path: Path, broker: MemoryBroker) -> ReleaseServer:
-    return ReleaseServer(tmp_path / "server", broker)
-
-
-@pytest.fixture
 def device(tmp_path: Path, broker: MemoryBroker, server: ReleaseServer) -> Device:
     return Device(tmp_path / "device", broker, server.root)
 

@@ -4,19 +4,16 @@ import asyncio
 from decimal import Decimal
 from pathlib import Path
 
-from edge_agent.link.mqtt import Broker, Publication
-from edge_agent.link.mqtt import Link as DeviceLink
 from fl_server.fleet.mqtt import Connected
 from fl_server.fleet.mqtt import Link as CoordinatorLink
 from fl_server.rollout.publisher import Publisher, list_blobs
 from models.contract.encoding import build_digest
 from models.contract.messages import EventKind
 from models.contract.terms import Split
-from models.contract.topics import build_offer_topic
 from models.tensors.delta import build_delta
 from tests.simulators.broker_memory import MemoryBroker
 from tests.simulators.mosquitto import Mosquitto
-from tests.simulators.releases import BIG, FLEET, Device, ReleaseServer
+from tests.simulators.releases import BIG, FLEET, Device, ReleaseServer, running_device
 
 
 def test_champion_and_challenger_reach_a_device_through_a_real_broker(tmp_path: Path) -> None:
@@ -58,29 +55,15 @@ def test_release_and_the_delta_after_it_reach_a_device_through_a_real_broker(tmp
 async def _release(
     tmp_path: Path, port: int, server: ReleaseServer, releases: list[tuple[bytes, dict[str, Path | bytes]]]
 ) -> Device:
-    offers: asyncio.Queue[bytes] = asyncio.Queue()
-    link = DeviceLink(
-        Broker(
-            host="127.0.0.1",
-            port=port,
-            client_id="device-1",
-            keepalive_s=30,
-            subscriptions=(build_offer_topic(FLEET),),
-        ),
-        build_will=lambda: Publication(topic=f"fl/v1/{FLEET}/device/device-1/status", payload=b"{}", retain=True),
-        on_message=lambda _topic, payload: offers.put_nowait(payload),
-        on_connected=lambda: None,
-    )
-    device = Device(tmp_path / "device", link, server.root)
-    running = asyncio.create_task(link.run())
-    async with asyncio.timeout(30), CoordinatorLink(host="127.0.0.1", port=port, fleet=FLEET) as coordinator:
+    async with (
+        running_device(tmp_path / "device", port, server.root) as (device, offers),
+        asyncio.timeout(30),
+        CoordinatorLink(host="127.0.0.1", port=port, fleet=FLEET) as coordinator,
+    ):
         while not isinstance(await coordinator.receive(), Connected):
             pass
         publisher = Publisher(fleet=FLEET, record_path=tmp_path / "published.json", publish=coordinator.publish)
         for offer, blobs in releases:
             await publisher.publish(offer, blobs)
             await device.updater.handle_offer(await offers.get())
-    running.cancel()
-    await asyncio.wait({running})
-    await device.updater.close()
     return device

@@ -23,16 +23,6 @@ from tests.simulators.releases import Device, ReleaseServer
 
 
 @pytest.fixture
-def broker() -> MemoryBroker:
-    return MemoryBroker()
-
-
-@pytest.fixture
-def server(tmp_path: Path, broker: MemoryBroker) -> ReleaseServer:
-    return ReleaseServer(tmp_path / "server", broker)
-
-
-@pytest.fixture
 def device(tmp_path: Path, broker: MemoryBroker, server: ReleaseServer) -> Device:
     """A device on version 1."""
     device = Device(tmp_path / "device", broker, server.root)

@@ -2,14 +2,10 @@
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from edge_agent.link.mqtt import Broker, Publication
-from edge_agent.link.mqtt import Link as DeviceLink
 from edge_agent.updates.verifier import verify_offer
 from fl_server.directory import Directory
 from fl_server.fleet.mqtt import Connected
@@ -21,10 +17,9 @@ from models.contract.encoding import build_digest
 from models.contract.manifest import MANIFEST_NAME
 from models.contract.messages import EventKind
 from models.contract.offer import build_offer
-from models.contract.topics import build_offer_topic
 from tests.simulators.broker_memory import MemoryBroker
 from tests.simulators.mosquitto import Mosquitto
-from tests.simulators.releases import FLEET, MODEL, Device, ReleaseServer
+from tests.simulators.releases import FLEET, MODEL, ReleaseServer, running_device
 
 
 def test_replaced_keys_win_a_fleet_back_from_who_stole_the_online_keys(tmp_path: Path) -> None:
@@ -42,10 +37,12 @@ async def _steal_and_recover(tmp_path: Path, port: int) -> None:
     shutil.rmtree(stolen.offline_keys_dir)
     thief = ReleaseRepository(stolen)
     async with (
-        _running_device(tmp_path / "device", port, server.root) as (device, offers),
+        running_device(tmp_path / "device", port, server.root) as (device, offers),
         asyncio.timeout(60),
         CoordinatorLink(host="127.0.0.1", port=port, fleet=FLEET) as link,
     ):
+        in_child = partial(verify_offer, root=server.root, trust_dir=tmp_path / "device" / "tuf")
+        device.updater._open_offer = in_child
         while not isinstance(await link.receive(), Connected):
             pass
 
@@ -78,27 +75,3 @@ async def _steal_and_recover(tmp_path: Path, port: int) -> None:
 
 def _set_champion(repository: ReleaseRepository, version_dir: Path, server: ReleaseServer) -> None:
     repository.set_release(MODEL, {"champion": (version_dir / MANIFEST_NAME).read_bytes()}, now=server.now)
-
-
-@asynccontextmanager
-async def _running_device(path: Path, port: int, root: bytes) -> AsyncIterator[tuple[Device, asyncio.Queue[bytes]]]:
-    offers: asyncio.Queue[bytes] = asyncio.Queue()
-    link = DeviceLink(
-        Broker(
-            host="127.0.0.1",
-            port=port,
-            client_id="device-1",
-            keepalive_s=30,
-            subscriptions=(build_offer_topic(FLEET),),
-        ),
-        build_will=lambda: Publication(topic=f"fl/v1/{FLEET}/device/device-1/status", payload=b"{}", retain=True),
-        on_message=lambda _topic, payload: offers.put_nowait(payload),
-        on_connected=lambda: None,
-    )
-    device = Device(path, link, root)
-    device.updater._open_offer = partial(verify_offer, root=root, trust_dir=path / "tuf")  # in a process of its own
-    running = asyncio.create_task(link.run())
-    yield device, offers
-    running.cancel()
-    await asyncio.wait({running})
-    await device.updater.close()
