@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Literal
 
 from models.contract.ledger import LedgerHead
+from models.contract.wave import Traits
 
 MESSAGE_MAX_BYTES = 16 * 1024
 
@@ -41,6 +42,7 @@ class Status:
         slot: Where the active version lies.
         trains: Whether this device can join a run.
         challenger: Version that stands beside the active one, if any does.
+        traits: What releases may ask of it; None from agents that do not say.
     """
 
     schema_version: Literal[1] = 1
@@ -54,6 +56,7 @@ class Status:
     update: Literal["idle", "fetching", "staged", "probation"] = "idle"
     trains: bool = False
     challenger: int | None = None
+    traits: Traits | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,8 +35,9 @@ from models.contract.manifest import (
 from models.contract.messages import MESSAGE_MAX_BYTES, Ack, Event, EventKind, Status, Telemetry
 from models.contract.offer import build_offer, parse_offer
 from models.contract.privacy import PrivacyPlan, PrivacyStatement, TrainingPlan, Unit
-from models.contract.terms import ReleaseTerms, Split, build_terms, parse_terms
+from models.contract.terms import ProbationRules, ReleaseTerms, Split, build_terms, parse_terms
 from models.contract.topics import parse_device_topic
+from models.contract.wave import Requirements, Wave
 from models.tensors.features import Feature, Tokens
 from models.tensors.layout import Layout
 from models.tensors.spec import DTYPES, TensorSpec
@@ -159,6 +160,21 @@ DOCUMENTS: dict[str, tuple[bytes, Callable[[bytes], Any], Any]] = {
         lambda data: parse_json(data, RunNotice),
         notice,
     ),
+    "wave_terms": (
+        build_canonical(
+            build_terms(
+                waves := ReleaseTerms(
+                    role="champion",
+                    version=4,
+                    requirements=Requirements(hardware=("aarch64",), agent="1.2"),
+                    wave=Wave(key="digits-4", percentage=Decimal("12.5"), devices=("kitchen",)),
+                    probation=ProbationRules(seconds=600, min_agreement=Decimal("0.95"), max_latency_ratio=Decimal(2)),
+                )
+            )
+        ),
+        lambda data: parse_terms(parse_json(data, Any)),
+        waves,
+    ),
     "release_terms": (
         build_canonical(
             build_terms(
@@ -246,6 +262,10 @@ def test_terms_without_a_role_are_those_of_an_earlier_release_and_a_split_is_a_c
         ({"version": 3, "role": "challenger", "split": split | {"shadow": True}}, "not both"),
         ({"version": 3, "role": "challenger", "split": {"weight": "1.5"}}, "must be in 0..1"),
         ({"version": 3, "role": "challenger", "split": {"weight": "NaN"}}, "must be in 0..1"),
+        ({"version": 3, "role": "previous", "wave": {"key": "a", "percentage": "10"}}, "only a champion"),
+        ({"version": 3, "role": "champion", "wave": {"key": "a", "percentage": "101"}}, r"must be in 0\.\.100"),
+        ({"version": 3, "role": "champion", "probation": {"min_agreement": "0.9"}}, "it needs seconds"),
+        ({"version": 3, "role": "champion", "probation": {"max_latency_ratio": "0.5"}}, "must be >= 1"),
         (None, "object"),
     ):
         with pytest.raises(MalformedError, match=reason):
