@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 from securesystemslib.signer import CryptoSigner, Key
-from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
+from tuf.api.exceptions import UnsignedMetadataError
 from tuf.api.metadata import Metadata, MetaFile, Root, TargetFile
 from tuf.api.serialization.json import JSONSerializer
 
@@ -271,19 +271,24 @@ class ReleaseRepository:
         keys = {key.keyid: key for key in state.list_keys(role)}
         if role == "root" and root_before is not None:  # both must agree to a new root: its own keys and the old ones
             keys |= {keyid: root_before.get_key(keyid) for keyid in root_before.roles["root"].keyids}
-        try:
-            for signer in self._ring.find_signers(keys.values()):
+        signers, failures = self._ring.find_signers(keys.values())
+        for signer in signers:
+            try:
                 metadata.sign(signer, append=True)
-        except RepositoryError as error:
-            raise ServerError(f"{role} is not signed: {error}") from error
+            except UnsignedMetadataError as error:  # the others may be enough
+                failures.append(str(error))
         try:
             delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
             if role == "root" and root_before is not None:
                 root_before.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
         except UnsignedMetadataError as error:
+            if failures:
+                raise ServerError(f"{role} is not signed: {'; '.join(failures)}") from error
             raise OfflineKeyError(
                 f"{error}: the others are not on this machine; run this where they are, or name their folder with --keys"
             ) from error
+        for failure in failures:
+            logger.warning("%s is signed without one of its keys: %s", role, failure)
         return metadata.to_bytes(JSONSerializer(compact=True))
 
     def _can_sign(self, state: State, role: str, now: datetime) -> bool:
