@@ -7,7 +7,7 @@ signed by the keys before it, `refresh_expiring` signs again.
 import copy
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -40,6 +40,7 @@ from fl_server.rollout.trust import (
     build_first_state,
 )
 from models.contract.encoding import build_digest
+from models.contract.floors import TOLD_ROLES, Floor, Floors, build_keys_digest
 from models.contract.manifest import FileEntry, parse_manifest
 from models.contract.offer import (
     COORDINATOR_KEY_TARGET,
@@ -49,6 +50,7 @@ from models.contract.offer import (
     build_graph_target,
     build_release_target,
     build_signed_at,
+    parse_signed_at,
 )
 from models.contract.terms import ReleaseTerms, Role, Split, build_terms
 
@@ -233,6 +235,20 @@ class ReleaseRepository:
     def load_root(self) -> bytes:
         """Return the newest root: what a device is given at enrolment."""
         return self._store.read_root()
+
+    def build_floors(self) -> Floors:
+        """Return what devices are told that no offer may be older than."""
+        with self._store.locked():
+            state = self._store.load()
+        roles = {
+            role: Floor(
+                version=state.get_signed(role).version,
+                keys=build_keys_digest(key.keyid for key in state.list_keys(role)),
+            )
+            for role in TOLD_ROLES
+        }
+        signed_at = parse_signed_at(state.timestamp.unrecognized_fields)
+        return Floors(roles=roles, signed_at=signed_at or datetime.fromtimestamp(0, UTC))
 
     def build_coordinator_pem(self) -> bytes:
         """Return the public key that devices check orders with: the bytes of its target."""
