@@ -401,6 +401,10 @@ def test_weights_and_the_deltas_that_lead_to_them_travel_in_the_manifest_and_lea
             {"runtime": "tflite", "training": None, "files": {"inference.tflite": delta.file, **files}},
             "only an ONNX graph has its weights outside",
         ),
+        (
+            {"runtime": "tflite", "training": None, "files": {"inference.tflite": delta.file}},
+            "a delta of 300 bytes leads to inference.tflite of 300 bytes",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             dataclasses.replace(split, **changes)
