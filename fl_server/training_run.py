@@ -37,6 +37,7 @@ from models.contract.manifest import PARAMETERS_NAME, Lineage
 from models.contract.messages import Event as DeviceEvent
 from models.contract.messages import EventKind
 from models.contract.privacy import PrivacyPlan, Unit
+from models.tensors.layout import Vector
 
 OUTCOME_NAME = "outcome.json"
 DRIVER_RESTARTS = 5  # of one that was killed, without a completed round between; one that reports an error has ended
@@ -167,20 +168,21 @@ class TrainingRun:
     def _create(self, devices: dict[str, int]) -> None:
         champion, architecture = self._services.releases.load_champion(self._request.model)
         check_unit(self._run_dir.parent, champion.load_manifest(), self._request.unit)
-        layout = architecture.training.layout
+        training = architecture.training
         spec = build_spec(
             self._run,
             self._request,
             champion=champion.load_manifest(),
-            layout=layout,
+            layout=training.shared,
             devices=devices,
             settings=self._services.settings,
             directory=self._services.directory,
         )
-        parameters = load_parameters(champion.directory / PARAMETERS_NAME, layout)
+        parameters = load_parameters(champion.directory / PARAMETERS_NAME, training.layout)
+        shared = training.shared.flatten({name: parameters[name] for name in training.shared.names})
         self._run_dir.mkdir(exist_ok=True)
         save_atomically(self._run_dir / BASE_NAME, champion.load_manifest_bytes())
-        rounds.create_run(self._run_dir, spec, layout.flatten(parameters))
+        rounds.create_run(self._run_dir, spec, shared)
 
     async def _drive_to_end(self, spec: rounds.RunSpec) -> None:
         log_path = self._services.directory.logs_dir / f"{spec.run}.log"
@@ -255,7 +257,7 @@ class TrainingRun:
         statement = await asyncio.to_thread(build_claim, self._run_dir.parent, spec, event.round)
         verdict = await self._services.releases.consider(
             spec.model,
-            spec.layout.unflatten(rounds.load_parameters(self._run_dir, spec.layout, event.round)),
+            await asyncio.to_thread(self._load_whole, spec, event.round),
             lineage=Lineage(parent_version=parent, run=spec.run, round=event.round),
             privacy=statement,
             scratch_dir=rounds.build_round_dir(self._run_dir, event.round) / "version",
@@ -273,6 +275,12 @@ class TrainingRun:
             promoted=verdict.version is not None,
             reason=verdict.reason,
         )
+
+    def _load_whole(self, spec: rounds.RunSpec, number: int) -> dict[str, Vector]:
+        """Return the parameters after round `number` by name; those that devices have their own of, as last released."""
+        champion, architecture = self._services.releases.load_champion(spec.model)
+        released = load_parameters(champion.directory / PARAMETERS_NAME, architecture.training.layout)
+        return released | spec.layout.unflatten(rounds.load_parameters(self._run_dir, spec.layout, number))
 
     @property
     def _concluded(self) -> int:

@@ -13,6 +13,7 @@ import paho.mqtt.subscribe
 import psutil
 import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from safetensors.numpy import load_file
 
 from fl_server.fleet.roster import Roster
 from fl_server.jobs import Jobs, JobState
@@ -24,7 +25,7 @@ from models.contract.ledger import LedgerHead, Spent
 from models.contract.manifest import build_manifest, parse_manifest
 from models.contract.messages import Event, EventKind, Status
 from models.contract.offer import parse_offer
-from tests.simulators.federation import FLEET, MODEL, Federation
+from tests.simulators.federation import BIAS, FLEET, MODEL, Federation
 from tests.simulators.mosquitto import Mosquitto
 from tests.simulators.waiting import wait_until
 
@@ -226,6 +227,11 @@ def test_run_trains_in_rounds_and_releases_what_is_better(federation, broker):
         assert (champion.version, champion.run, champion.round) == (2, result["run"], 1)
         assert registry.get_model_version_by_alias(MODEL, "previous").version == 1
     assert manifest.lineage.parent_version == 1
+    assert manifest.training.local == ("bias",)
+    assert (load_file(champion.directory / "parameters.safetensors")["bias"] == BIAS).all()
+    assert (champion.directory / "local.f32").read_bytes() == BIAS.tobytes()
+    held = list((federation.directory / "runs").rglob("rounds/*/parameters.safetensors"))
+    assert [set(load_file(path)) for path in held] == [{"weight"}] * 3
     assert manifest.privacy.expected_cohort == 2
     assert str(manifest.privacy.epsilon) == result["rounds"][0]["epsilon"]
     offer = parse_offer(read_retained(broker, f"fl/v1/{FLEET}/offer"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from fl_server.__main__ import main
 from fl_server.errors import RunError
@@ -102,6 +103,34 @@ def test_a_seed_repeats_cohorts_and_noise_of_the_device_unit_to_the_last_bit(
     assert digests[0] == digests[1] != digests[2]
     spent = [done.epsilon for done in results[0].rounds]
     assert 0 == spent[0] < spent[1] < spent[-1] <= 50
+
+
+@pytest.mark.parametrize("unit", [Unit.SAMPLE, Unit.DEVICE])
+def test_local_parameters_fit_each_device_and_are_in_no_file_of_the_run(tmp_path: Path, unit: Unit) -> None:
+    """Two devices call the same points by opposite names: the last layer can tell whose they are, no shared one can."""
+    path = tmp_path / "sides.py"
+    layers = "nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))"
+    path.write_text(DEFINITION.replace("nn.Linear(4, 2)", layers).replace("batch=8", 'local=("2.*",), batch=8'))
+    generator = np.random.default_rng(0)
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        for number in range(2):
+            x = generator.normal(size=(ROWS, 4)).astype(np.float32)
+            np.savez(tmp_path / part / f"device-{number}.npz", x=x, y=((x[:, 0] > 0) ^ number).astype(np.int64))
+    definition = load_definition(f"{path}:definition")
+    simulation = Simulation(definition, export_architecture(definition, tmp_path / "a"), tmp_path, lambda _line: None)
+    asked = {"unit": unit, "sampling_rate": Decimal(1), "epsilon": Decimal(500), "delta": Decimal("0.3"), "rounds": 4}
+    result = run_once(simulation, tmp_path, seed=7, **asked)
+    assert min(value for value in result.per_device if value is not None) > 0.8
+    shared = {"0.weight", "0.bias"}
+    own = [file.read_bytes() for file in (tmp_path / "local").iterdir()]
+    assert [len(values) for values in own] == [4 * (2 * 4 + 2)] * 2
+    assert own[0] != own[1]
+    for file in (file for file in (tmp_path / "run").rglob("*") if file.is_file()):
+        data = file.read_bytes()
+        assert not any(values[start : start + 8] in data for values in own for start in range(0, len(values), 8))
+        if file.suffix == ".safetensors":
+            assert set(load_file(file)) == shared
 
 
 def test_flowers_engine_runs_the_same_rounds_to_the_last_bit(simulation: Simulation, place: Path) -> None:

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from edge_agent.training.node import serve
 from models.tensors.layout import build_vector_bytes
 
-SOLUTION = np.array([-2, 0, 0, 0, 2, 0, 0, 0, 0, 0], np.float32)
+SOLUTION = np.array([-2, 0, 0, 0, 2, 0, 0, 0], np.float32)
 
 
 def main() -> None:
