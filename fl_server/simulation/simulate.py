@@ -258,6 +258,9 @@ class _Unattended:
     def pause(self, seconds: float) -> None:
         time.sleep(seconds)
 
+    def take_gone(self) -> list[tuple[str, int]]:
+        return []
+
 
 class _Course:
     """What a run brings, round by round."""

@@ -360,6 +360,32 @@ def test_device_that_refuses_is_woken_once_a_round(federation):
     assert len(refusing.wakes) <= 4  # when the run begins, when it has joined, and after each round
 
 
+def test_round_does_not_wait_for_a_device_that_says_that_it_refuses_or_for_one_that_the_broker_lost(federation):
+    """Neither would ever reply, and the deadline is ten minutes away."""
+    federation.environment |= {"FL_SERVER_ROUNDS__DEADLINE_S": "600", "FL_SERVER_ROUNDS__QUORUM": "0.3"}
+    federation.start()
+    federation.add_device("device-1", fraction=0.3)
+    refusing, lost = [federation.add_device(f"device-{number}", fraction="silent") for number in (2, 3)]
+    assert federation.command("release", str(federation.directory / "v1")).returncode == 0
+    plan = ("--unit", "device", "--sampling-rate", "1", "--clipping-norm", "4", "--epsilon", "50", "--delta", "0.3")
+    assert federation.command("train", MODEL, "--rounds", "1", *plan, "--no-wait").returncode == 0
+    federation.wait_for_log("3 of 3 devices joined")
+    lost.say_online(online=False)
+    run = refusing.wakes[0]["run"]
+    refusals = (f"refused-{number}" for number in itertools.count())
+    with Jobs(federation.directory / "coordinator.db") as jobs:
+
+        def refuse_until_it_is_over():  # what is said before the order left is not about it
+            event = Event(id=next(refusals), sent_at=1, kind=EventKind.TRAINING_REFUSED, message="no", run=run, round=1)
+            refusing.say(event)
+            return jobs.get(2).is_over
+
+        wait_until(refuse_until_it_is_over, "the end of the run", timeout_s=90)
+        result = json.loads(jobs.get(2).result)
+    [outcome] = result["rounds"]
+    assert (outcome["accepted"], outcome["missing"]) == (["device-1"], ["device-2", "device-3"])
+
+
 def test_device_whose_training_process_ended_is_woken_at_once(federation):
     federation.start()
     device = federation.add_device("device-1", fraction=0.3)

@@ -143,8 +143,11 @@ class Federation:
 
         wait_until(is_there, f"{text!r} in {self.log_path}", timeout_s=timeout_s)
 
-    def add_device(self, device_id: str, *, fraction: float = 1.0) -> "SimulatedDevice":
-        """Enrol a device and bring it online; woken, it answers with `fraction` of the way to the solution."""
+    def add_device(self, device_id: str, *, fraction: float | str = 1.0) -> "SimulatedDevice":
+        """Enrol a device and bring it online; woken, it answers with `fraction` of the way to the solution.
+
+        A `fraction` of "silent" never answers.
+        """
         bundle = self.directory / "bundles" / device_id
         done = self.command("enroll", device_id, "--out", str(bundle))
         assert done.returncode == 0, done.stderr
@@ -156,7 +159,7 @@ class Federation:
 class SimulatedDevice:
     """Says that it is online, and starts a teacher when it is woken."""
 
-    def __init__(self, federation: Federation, device_id: str, bundle: Path, fraction: float) -> None:
+    def __init__(self, federation: Federation, device_id: str, bundle: Path, fraction: float | str) -> None:
         self.device_id, self.received, self.teacher = device_id, list[tuple[str, bytes]](), None
         self.excuses: Iterator[EventKind] = iter(())  # said, one a wake command, in place of training
         self._federation, self._bundle, self._fraction = federation, bundle, fraction
