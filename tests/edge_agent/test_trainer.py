@@ -16,9 +16,10 @@ from edge_agent.training.job import build_job, parse_event
 from edge_agent.training.ledger import open_ledger
 from edge_agent.training.local import LocalParameters
 from fl_server.rounds.flower import Session
-from fl_server.rounds.run import RunSpec, create_run, load_parameters
+from fl_server.rounds.run import RunSpec, build_round_dir, create_run, load_parameters, save_cohort
 from models.contract.ledger import LedgerHead, Spent
 from models.contract.manifest import MANIFEST_NAME, TRAIN_STEP_NAME
+from models.contract.privacy import Unit
 from tests.simulators.linear import save_opacus_version
 from tests.simulators.samples import open_device_samples
 from tests.simulators.step_graph import (
@@ -158,7 +159,7 @@ def test_device_without_ledger_and_without_copy_does_not_even_join(tmp_path, ord
     assert (tmp_path / "training" / LEDGER_NAME).read_bytes() == b""
 
 
-def create_linear_run(tmp_path, fleet, orders, **changes):
+def create_linear_run(tmp_path, fleet, orders, *names, **changes):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     key_path = run_dir / "orders.pem"
@@ -171,7 +172,7 @@ def create_linear_run(tmp_path, fleet, orders, **changes):
         "layout": build_step_manifest(build_step_graph()).training.layout,
         "privacy": build_privacy(),
         "training": build_training(rounds=3),
-        "devices": fleet.superlink.register("device-1"),
+        "devices": fleet.superlink.register("device-1", *names),
         "quorum": 1,
         "deadline_s": 30,
         "join_timeout_s": 30,
@@ -265,6 +266,34 @@ def test_local_parameters_move_on_the_device_and_nothing_of_them_travels(tmp_pat
         assert [entry.round for entry in ledger.entries] == [1]
     for path in (path for path in run_dir.rglob("*") if path.is_file()):
         assert local.tobytes() not in path.read_bytes()
+
+
+def test_superlink_killed_in_a_round_of_the_device_unit_costs_no_device_a_second_charge(tmp_path, orders):
+    with open_device_samples(tmp_path, "linear") as samples:
+        samples.add([(np.ones(3, np.float32), np.float32(1).reshape(()))] * 20)
+    privacy = build_privacy(unit=Unit.DEVICE, noise_multiplier="1.2", sampling_rate="0.5")
+    with running_fleet(tmp_path) as fleet:
+        run_dir, _ = create_linear_run(
+            *(tmp_path, fleet, orders, "device-2"), privacy=privacy, training=build_training(rounds=2), deadline_s=60
+        )
+        for number in (1, 2):
+            save_cohort(run_dir, number, ("device-1", "device-2"))
+        other = fleet.start_node("device-2", behaviour="held")
+        trainer = start_trainer_of(tmp_path, fleet, orders, trusts_coordinator=True, idle_timeout_s=60.0)
+        driver = fleet.start_driver(run_dir)
+        spooled = build_round_dir(run_dir, 1) / "updates/device-1.f32"
+        wait_until(spooled.exists, what="the update of device-1 on disk")
+        assert [other.next_line(), other.next_line()] == [b"joined\n", b"holding 1\n"]
+        fleet.superlink.kill()
+        fleet.release("device-2")
+        fleet.superlink.start()
+        rounds = [event for event in driver.run_to_end() if event.event == "round"]
+        trainer.terminate()
+        out, error = trainer.communicate(timeout=60)
+    assert [event.accepted for event in rounds] == [("device-1", "device-2")] * 2, error.decode()
+    assert [parse_event(line).event for line in out.splitlines()] == ["joined", "trained", "trained"]
+    with open_ledger(tmp_path / "training" / LEDGER_NAME) as ledger:
+        assert [(entry.round, entry.steps) for entry in ledger.entries] == [(1, 2), (2, 0)]  # the run, once
 
 
 def test_sample_that_was_forgotten_between_two_rounds_moves_no_parameter(tmp_path, orders):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 from fl_server.__main__ import main
 from fl_server.errors import RunError
 from fl_server.jobs import TrainRequest
+from fl_server.packaging.architecture import Architecture
 from fl_server.packaging.definitions import load_definition
 from fl_server.packaging.export import export_architecture
 from fl_server.simulation.data import load_samples
@@ -38,9 +40,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def simulation(place: Path) -> Simulation:
+def architecture(place: Path) -> Architecture:
+    return export_architecture(load_definition(f"{place / 'sides.py'}:definition"), place / "architecture")
+
+
+@pytest.fixture(scope="module")
+def simulation(place: Path, architecture: Architecture) -> Simulation:
     definition = load_definition(f"{place / 'sides.py'}:definition")
-    return Simulation(definition, export_architecture(definition, place / "architecture"), place, lambda _line: None)
+    return Simulation(definition, architecture, place, lambda _line: None)
 
 
 def save_device(path: Path, generator: np.random.Generator, rows: int, **changes: np.ndarray) -> None:
@@ -105,32 +112,30 @@ def test_a_seed_repeats_cohorts_and_noise_of_the_device_unit_to_the_last_bit(
     assert 0 == spent[0] < spent[1] < spent[-1] <= 50
 
 
-@pytest.mark.parametrize("unit", [Unit.SAMPLE, Unit.DEVICE])
-def test_local_parameters_fit_each_device_and_are_in_no_file_of_the_run(tmp_path: Path, unit: Unit) -> None:
-    """Two devices call the same points by opposite names: the last layer can tell whose they are, no shared one can."""
-    path = tmp_path / "sides.py"
-    layers = "nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))"
-    path.write_text(DEFINITION.replace("nn.Linear(4, 2)", layers).replace("batch=8", 'local=("2.*",), batch=8'))
+def test_local_parameters_fit_each_device_and_are_in_no_file_of_the_run(
+    simulation: Simulation, architecture: Architecture, place: Path, tmp_path: Path
+) -> None:
+    """All points of one device are left and all of the other right: the bias can tell whose they are, no weight can."""
+    personal = dataclasses.replace(architecture, training=dataclasses.replace(architecture.training, local=("bias",)))
+    shutil.copyfile(place / "sides.py", tmp_path / "sides.py")
     generator = np.random.default_rng(0)
     for part in ("train", "test"):
         (tmp_path / part).mkdir()
         for number in range(2):
-            x = generator.normal(size=(ROWS, 4)).astype(np.float32)
-            np.savez(tmp_path / part / f"device-{number}.npz", x=x, y=((x[:, 0] > 0) ^ number).astype(np.int64))
-    definition = load_definition(f"{path}:definition")
-    simulation = Simulation(definition, export_architecture(definition, tmp_path / "a"), tmp_path, lambda _line: None)
-    asked = {"unit": unit, "sampling_rate": Decimal(1), "epsilon": Decimal(500), "delta": Decimal("0.3"), "rounds": 4}
-    result = run_once(simulation, tmp_path, seed=7, **asked)
-    assert min(value for value in result.per_device if value is not None) > 0.8
-    shared = {"0.weight", "0.bias"}
-    own = [file.read_bytes() for file in (tmp_path / "local").iterdir()]
-    assert [len(values) for values in own] == [4 * (2 * 4 + 2)] * 2
-    assert own[0] != own[1]
-    for file in (file for file in (tmp_path / "run").rglob("*") if file.is_file()):
-        data = file.read_bytes()
-        assert not any(values[start : start + 8] in data for values in own for start in range(0, len(values), 8))
-        if file.suffix == ".safetensors":
-            assert set(load_file(file)) == shared
+            save_device(tmp_path / part / f"device-{number}.npz", generator, ROWS, y=np.full(ROWS, number))
+    asked = {"sampling_rate": Decimal(1), "epsilon": Decimal(500), "delta": Decimal("0.3")}
+    definition = load_definition(f"{place / 'sides.py'}:definition")
+    assert min(run_once(simulation, tmp_path, seed=7, **asked).per_device) < 0.8
+    simulation = Simulation(definition, personal, tmp_path, lambda _line: None)
+    for unit in Unit:
+        assert min(run_once(simulation, tmp_path, seed=7, unit=unit, **asked).per_device) > 0.8
+        own = [file.read_bytes() for file in (tmp_path / "local").iterdir()]
+        assert [len(values) for values in own] == [4 * 2] * 2
+        assert own[0] != own[1]
+        for file in (file for file in (tmp_path / "run").rglob("*") if file.is_file()):
+            assert not any(values in file.read_bytes() for values in own)
+            if file.suffix == ".safetensors":
+                assert set(load_file(file)) == {"weight"}
 
 
 def test_flowers_engine_runs_the_same_rounds_to_the_last_bit(simulation: Simulation, place: Path) -> None:
