@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_keys(subparsers)
     _add_train(subparsers)
     _add_simulate(subparsers)
+    _add_doctor(subparsers)
     _add_demo(subparsers)
     return parser
 
@@ -108,6 +109,12 @@ def _add_devices(subparsers: _Subparsers) -> None:
     parser = _add_with_config(subparsers, "devices", "list the devices and what they last said")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.set_defaults(execute=commands.run_devices)
+
+
+def _add_doctor(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "doctor", "test what the coordinator needs, and say what to do")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(execute=commands.run_doctor)
 
 
 def _add_package(subparsers: _Subparsers) -> None:

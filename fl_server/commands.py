@@ -81,6 +81,18 @@ def run_devices(arguments: Namespace) -> None:
         )
 
 
+def run_doctor(arguments: Namespace) -> None:
+    from datetime import UTC, datetime
+
+    from fl_server.doctor import examine
+    from models.doctor.findings import describe, find_failures
+
+    findings = examine(arguments.config, now=datetime.now(UTC))
+    print(describe(findings, as_json=arguments.json))
+    if failures := find_failures(findings):
+        raise ServerError(failures)
+
+
 def run_package(arguments: Namespace) -> None:
     from fl_server.packaging.imported import is_graph_file
 

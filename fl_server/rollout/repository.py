@@ -49,6 +49,7 @@ from models.contract.offer import (
     build_graph_target,
     build_release_target,
     build_signed_at,
+    parse_signed_at,
 )
 from models.contract.terms import ReleaseTerms, Role, Split, build_terms
 
@@ -224,6 +225,11 @@ class ReleaseRepository:
             )
             for role in ROLES
         ]
+
+    def find_signed_at(self) -> datetime | None:
+        """Return when the newest timestamp was signed; None if it does not say."""
+        with self._store.locked():
+            return parse_signed_at(self._store.load().timestamp.unrecognized_fields)
 
     def load_metadata(self) -> dict[str, bytes]:
         """Return every file a client may need, by name: the contents of an offer."""

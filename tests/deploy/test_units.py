@@ -4,11 +4,13 @@ import re
 import shutil
 import signal
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 import pytest
 
+from fl_server.doctor import examine
 from tests.simulators.agent import AgentProcess
 from tests.simulators.federation import Federation, run_command
 from tests.simulators.notify_socket import NotifySocket
@@ -73,7 +75,9 @@ def test_the_coordinator_is_ready_once_its_superlink_answers(tmp_path: Path, mon
         federation.start()
         wait_until(lambda: systemd.has_heard("READY=1"), "the coordinator to be ready", timeout_s=60)
         assert federation.process is not None
-        assert federation.find_children()
+        monkeypatch.setenv("FL_SERVER_SUPERLINK__PORT", str(federation.superlink_port))
+        (service,) = [each for each in examine(federation.config_path, now=datetime.now(UTC)) if each.what == "service"]
+        assert (service.level, "SuperLink answers" in service.found) == ("ok", True)
         wait_until(lambda: systemd.has_heard("WATCHDOG=1", times=3), "the watchdog to be fed")
         federation.process.send_signal(signal.SIGTERM)
         assert federation.process.wait(30) == 0
