@@ -170,6 +170,9 @@ def _add_keys(subparsers: _Subparsers) -> None:
     rotate.set_defaults(execute=key_commands.run_rotate)
     renew = _add(actions, "renew", "sign again: what expires soon, or the roles named")
     renew.add_argument("roles", nargs="*", metavar="ROLE", help="of fl-server keys")
+    renew.add_argument(
+        "--restored", action="store_true", help="after a restore: with versions above all that devices saw"
+    )
     renew.set_defaults(execute=key_commands.run_renew)
     for action in (rotate, renew):  # what stands before the action holds, too
         action.add_argument(
