@@ -17,7 +17,8 @@ from tests.simulators.notify_socket import NotifySocket
 from tests.simulators.waiting import wait_until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-UNITS = [DEPLOY / "edge/edge-agent.service", DEPLOY / "server/fl-server.service"]
+SERVICES = [DEPLOY / "edge/edge-agent.service", DEPLOY / "server/fl-server.service"]
+UNITS = [*SERVICES, DEPLOY / "server/fl-broker.service"]
 EXPOSURE_LIMIT = 3.0
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")
 
@@ -43,7 +44,7 @@ def test_systemd_understands_every_line_of_a_unit(unit: Path) -> None:
     assert [line for line in said if "is not executable: No such file" not in line] == []
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+@pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.stem)
 def test_a_unit_survives_that_the_kernel_kills_a_training_process(unit: Path) -> None:
     lines = unit.read_text().splitlines()
     assert {"Type=notify", "DynamicUser=yes", "OOMPolicy=continue", "Restart=always"} <= set(lines)
