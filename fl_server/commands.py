@@ -8,7 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TextIO
 
-from fl_server.config import ServerSettings, load_server_settings
+from fl_server.config import ServerSettings, find_missing, load_server_settings
 from fl_server.directory import Directory
 from fl_server.errors import ServerError, UsageError
 from fl_server.fleet.enrolment import Federation, enroll_device
@@ -34,6 +34,9 @@ def run_init(arguments: Namespace) -> None:
 
 def run_coordinator(arguments: Namespace) -> None:
     settings, directory = _load(arguments)
+    for model in settings.models:
+        if missing := find_missing(settings, model, directory.path):
+            raise UsageError(f"{missing[0]}: missing or unreadable")
     with holding_lock(directory.lock_path):
         from fl_server.coordinator import run
 

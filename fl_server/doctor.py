@@ -10,7 +10,7 @@ from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
-from fl_server.config import CONFIG_NAME, ServerSettings, load_server_settings, resolve_definition
+from fl_server.config import CONFIG_NAME, ServerSettings, find_missing, load_server_settings
 from fl_server.directory import Directory
 from fl_server.errors import ServerError
 from fl_server.lock import is_locked
@@ -60,15 +60,13 @@ def _examine(settings: ServerSettings, directory: Directory, now: datetime) -> I
 def _check_models(settings: ServerSettings, directory: Directory) -> Iterator[Finding]:
     if not settings.models:
         yield warn("models", "none is configured", "add a section [models.NAME]")
-    for name, model in settings.models.items():
-        source = resolve_definition(settings, name, directory.path).rsplit(":", 1)[0]
-        files = [path for path in (model.validation, model.calibration) if path is not None]
-        files += [Path(source)] if source.endswith(".py") else []
-        missing = [str(path) for path in files if not path.is_file()]
-        if missing:
-            yield fail(f"model {name}", f"missing: {', '.join(missing)}", f"put it there, or change [models.{name}]")
+    for name in settings.models:
+        if missing := find_missing(settings, name, directory.path):
+            yield fail(
+                f"model {name}", f"missing or unreadable: {'; '.join(missing)}", "put it there, or change the key"
+            )
         else:
-            yield ok(f"model {name}", f"its {len(files)} files are there")
+            yield ok(f"model {name}", "its files are there")
 
 
 def _check_database(path: Path) -> Finding:
