@@ -50,8 +50,8 @@ def check_image(name: str) -> None:
 @each_dockerfile
 def test_an_image_runs_as_nobody_and_from_what_is_pinned(path: Path) -> None:
     instructions = parse(path)
-    froms = [rest.split()[0] for name, rest in instructions if name == "FROM"]
-    for image in froms:
+    bases = [rest.split()[0] for name, rest in instructions if name == "FROM"]
+    for image in bases:
         check_image(image)
         assert ":" in image, "a base without a tag"
     user = [rest for name, rest in instructions if name == "USER"][-1]
