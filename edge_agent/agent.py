@@ -36,11 +36,13 @@ from edge_agent.samples.sensor import SensorFeed
 from edge_agent.updates.challenger_slot import Challenger
 from edge_agent.updates.installer import Updater
 from edge_agent.updates.settings import UpdaterSettings
+from edge_agent.updates.told_floors import TOLD_NAME
 from edge_agent.updates.verifier import verify_offer
 from edge_agent.updates.watch import OfferWatch
 from edge_agent.wake import TrainingDesk
 from models.contract.encoding import parse_json
 from models.contract.errors import ContractError, MalformedError
+from models.contract.floors import FLOORS_NAME
 from models.contract.manifest import ModelManifest
 from models.contract.messages import MESSAGE_MAX_BYTES, Ack, EventKind
 from models.contract.service import READY, STOPPING, feed_watchdog, notify
@@ -100,7 +102,12 @@ class Agent:
         )
         self._updater = Updater(
             self._describe_updates(),
-            open_offer=partial(verify_offer, root=root, trust_dir=settings.state_dir / "tuf"),
+            open_offer=partial(
+                verify_offer,
+                root=root,
+                trust_dir=settings.state_dir / "tuf",
+                told=(settings.tuf_root_path.with_name(FLOORS_NAME), settings.state_dir / TOLD_NAME),
+            ),
             reader=self._link,
             try_version=self._try_version,
             serve_challenger=None if settings.serving.challenger is not None else self._serve_challenger,

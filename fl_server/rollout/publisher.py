@@ -16,7 +16,6 @@ from models.contract.files import save_atomically
 from models.contract.manifest import (
     MANIFEST_NAME,
     PARAMETERS_NAME,
-    WEIGHTS_NAME,
     ModelManifest,
     parse_manifest,
 )
@@ -92,8 +91,8 @@ def count_pushed_bytes(manifest: bytes, previous: ModelManifest | None) -> int:
     parsed = parse_manifest(manifest)
     new = {name: entry for name, entry in parsed.files.items() if name != PARAMETERS_NAME and entry.digest not in known}
     for delta in parsed.deltas:
-        if WEIGHTS_NAME in new and delta.base in known:
-            new[WEIGHTS_NAME] = delta.file
+        if parsed.weights_name in new and delta.base in known:
+            new[parsed.weights_name] = delta.file
     return len(manifest) + sum({entry.digest: entry.size_bytes for entry in new.values()}.values())
 
 
