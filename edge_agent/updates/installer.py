@@ -36,7 +36,7 @@ from edge_agent.updates.settings import UpdaterSettings
 from edge_agent.updates.slots import TRIES, Slots, Version
 from edge_agent.updates.targets import SignedTargets
 from models.contract.errors import ContractError
-from models.contract.manifest import parse_manifest
+from models.contract.manifest import GOLDEN_NAME, parse_manifest
 from models.contract.messages import EventKind
 
 logger = logging.getLogger(__name__)
@@ -307,7 +307,9 @@ class Updater:
         """Return where the disk says that we are; a version that lacks files this device needs is not yet there."""
         active, trial = self._slots.active, self._slots.trial
         is_whole = active is not None and all(
-            (active.directory / name).exists() for name in list_needed(active.manifest, trains=self._settings.trains)
+            (active.directory / name).exists()
+            for name in list_needed(active.manifest, trains=self._settings.trains)
+            if name != GOLDEN_NAME  # what serves has answered
         )
         return UpdateState(
             phase=Phase.IDLE if trial is None else Phase.STAGED,

@@ -20,6 +20,36 @@ def build_model(nodes: list[onnx.NodeProto], *initializers: onnx.TensorProto, do
     return helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
 
 
+def build_slow(trips: int) -> bytes:
+    """Return a graph that answers the sums of the features, after so many turns of a loop that adds nothing."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["condition_in"], ["condition_out"]),
+            helper.make_node("Mul", ["carried_in", "one"], ["carried_out"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("step", TensorProto.INT64, []),
+            helper.make_tensor_value_info("condition_in", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("carried_in", TensorProto.FLOAT, ["batch", 3]),
+        ],
+        [
+            helper.make_tensor_value_info("condition_out", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("carried_out", TensorProto.FLOAT, ["batch", 3]),
+        ],
+        [numpy_helper.from_array(np.array(1, np.float32), "one")],
+    )
+    return build_model(
+        [
+            helper.make_node("MatMul", [INPUT.name, "weight"], ["start"]),
+            helper.make_node("Loop", ["trips", "always", "start"], [OUTPUT.name], body=body),
+        ],
+        numpy_helper.from_array(np.ones((FEATURES, 3), np.float32), "weight"),
+        numpy_helper.from_array(np.array(trips, np.int64), "trips"),
+        numpy_helper.from_array(np.array(True), "always"),
+    )
+
+
 def build_endless() -> bytes:
     """Return a graph that counts to 2 ** 62 before it answers."""
     body = helper.make_graph(
