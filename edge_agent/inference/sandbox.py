@@ -17,7 +17,7 @@ from edge_agent.errors import AgentError, StalledError, TransientError
 from models.contract.errors import ContractError
 
 DEADLINE_S = 50.0  # loading and a few small runs take 0.3 s of processor time, on a busy device 10 s
-_CPU_S = 30  # a model that needs more is of no use on a device
+CPU_S = 30  # a model that needs more is of no use on a device
 _BUSY_SHARE = 0.1  # of a processor; a version that got less has not shown anything
 _FREE_BYTES = 1024**3
 _BYTES_PER_FILE_BYTE = 8  # a graph is read, parsed, packed and optimised
@@ -83,7 +83,7 @@ def bound_for(*directories: Path) -> None:
     """Bound this process to what it takes to run the versions in `directories`; raises OSError."""
     size_bytes = sum(path.stat().st_size for directory in directories for path in directory.iterdir())
     memory_bytes = _FREE_BYTES + _BYTES_PER_FILE_BYTE * size_bytes
-    bound_this_process(memory_bytes=memory_bytes, cpu_s=_CPU_S, writes=False)
+    bound_this_process(memory_bytes=memory_bytes, cpu_s=CPU_S, writes=False)
 
 
 def _try(directory: Path, pace: Pace | None) -> int:

@@ -61,13 +61,13 @@ def _measure_ratio(model: ServedModel, champion: ServedModel, inputs: Mapping[st
     ends_s = time.perf_counter() + _BUDGET_S
     while len(durations_s[0]) < _PAIRS and (len(durations_s[0]) < _PAIRS_MIN or time.perf_counter() < ends_s):
         for each, taken in zip((model, champion), durations_s, strict=True):
-            taken.append(time_run(each, inputs))
+            taken.append(time_run(each, inputs)[0])
     ours_s, theirs_s = (statistics.median(taken) for taken in durations_s)
     return ours_s / theirs_s
 
 
-def time_run(model: ServedModel, inputs: Mapping[str, Array]) -> float:
-    """Return how long one run takes, s."""
+def time_run(model: ServedModel, inputs: Mapping[str, Array]) -> tuple[float, dict[str, Array]]:
+    """Return how long one run takes, s, and its outputs by name."""
     started_s = time.perf_counter()
-    model.run(inputs)
-    return time.perf_counter() - started_s
+    outputs = model.run(inputs)
+    return time.perf_counter() - started_s, outputs
