@@ -25,7 +25,6 @@ from edge_agent.http.app import App, Device
 from edge_agent.http.guard import TOKEN_NAME, load_token
 from edge_agent.http.samples import parse_samples
 from edge_agent.http.server import bind_sockets
-from edge_agent.inference.rehearsal import Rehearsal
 from edge_agent.inference.sandbox import Pace, try_in_sandbox
 from edge_agent.link.mqtt import Broker, Link
 from edge_agent.lock import holding_lock
@@ -37,6 +36,7 @@ from edge_agent.samples.sensor import SensorFeed
 from edge_agent.traits import find_traits
 from edge_agent.updates.challenger_slot import Challenger
 from edge_agent.updates.installer import Updater
+from edge_agent.updates.probation import Rehearsal
 from edge_agent.updates.settings import UpdaterSettings
 from edge_agent.updates.verifier import verify_offer
 from edge_agent.updates.watch import OfferWatch
@@ -224,7 +224,9 @@ class Agent:
         current = self._updater.current()
         if current is None:
             raise TransientError("no version serves that another one could be compared with")
-        return Rehearsal(self._engine, directory, champion_dir=current.directory, rules=rules, on_failed=on_failed)
+        from edge_agent.inference.rehearsal import Rehearsal as InShadow  # memory that few releases ask for
+
+        return InShadow(self._engine, directory, champion_dir=current.directory, rules=rules, on_failed=on_failed)
 
     def _load_again(self) -> None:
         current = self._updater.current()
