@@ -14,6 +14,7 @@ from fl_server.errors import ServerError
 from models.contract.encoding import build_digest, build_json, parse_json
 from models.contract.files import save_atomically
 from models.contract.manifest import (
+    GOLDEN_NAME,
     MANIFEST_NAME,
     PARAMETERS_NAME,
     ModelManifest,
@@ -93,6 +94,8 @@ def count_pushed_bytes(manifest: bytes, previous: ModelManifest | None) -> int:
     for delta in parsed.deltas:
         if parsed.weights_name in new and delta.base in known:
             new[parsed.weights_name] = delta.file
+    if parsed.golden is not None:
+        new[GOLDEN_NAME] = parsed.golden
     return len(manifest) + sum({entry.digest: entry.size_bytes for entry in new.values()}.values())
 
 
