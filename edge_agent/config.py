@@ -40,12 +40,32 @@ class GrpcSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IdentitySettings:
+    """Who the device is to the broker and on the way to the SuperLink, as enrolment wrote it; all PEM.
+
+    Attributes:
+        ca_path: Certificate authority of the federation, which its servers must come from.
+        cert_path: The device's certificate, with its id as common name.
+        key_path: The certificate's key.
+    """
+
+    ca_path: Path
+    cert_path: Path
+    key_path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerSettings:
-    """The MQTT 5 broker of the fleet."""
+    """The MQTT 5 broker of the fleet.
+
+    Attributes:
+        tls: Whether it is spoken to over TLS with the device's identity; None where there is one.
+    """
 
     host: str = "127.0.0.1"
-    port: int = 1883
+    port: int = 8883
     keepalive_s: int = 30
+    tls: bool | None = None
 
     def __post_init__(self) -> None:
         _check_port(self.port, "broker.port")
@@ -77,13 +97,14 @@ class FederationSettings:
     """Where and as whom the device trains.
 
     Attributes:
+        ca_path: Certificate authority of the SuperLink, PEM; None for that of [identity].
         definition: `FILE.py:NAME` of the model's definition, the owner's own code, which the training process runs for
             a version that trains with the Opacus engine; None refuses to train such a version.
     """
 
     superlink: str
-    ca_path: Path
     node_key_path: Path
+    ca_path: Path | None = None
     definition: Path | None = None
 
     def __post_init__(self) -> None:
@@ -254,6 +275,7 @@ class AgentSettings:
         model: The one model it serves.
         state_dir: Everything it keeps; made on the first start.
         tuf_root_path: The root of trust that enrolment put there.
+        identity: None for a device without certificates, whose broker is on the loopback.
         grpc: None for a device that answers over HTTP only.
         federation: None for a device that only serves.
     """
@@ -264,6 +286,7 @@ class AgentSettings:
     state_dir: Path
     tuf_root_path: Path
     http: HttpSettings = field(default_factory=HttpSettings)
+    identity: IdentitySettings | None = None
     grpc: GrpcSettings | None = None
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     updates: UpdateSettings = field(default_factory=UpdateSettings)
@@ -279,9 +302,30 @@ class AgentSettings:
                 f"samples.mqtt_topic: broker.host is {self.broker.host!r}, must be one of {', '.join(_LOOPBACK)}: "
                 "samples do not cross a network"
             )
+        if self.broker.tls and self.identity is None:
+            raise ValueError("broker.tls needs a section [identity]: ca_path, cert_path, key_path")
+        if self.broker_identity is None and self.broker.host not in _LOOPBACK:
+            raise ValueError(
+                f"broker.host is {self.broker.host!r:.80}, must be one of {', '.join(_LOOPBACK)} without TLS, "
+                "which needs a section [identity]"
+            )
+        if self.federation and self.federation.ca_path is None and self.identity is None:
+            raise ValueError("[federation] needs a section [identity], or its own ca_path")
         check_name(self.device_id, "device_id")
         check_name(self.fleet, "fleet")
         check_name(self.model, "model")
+
+    @property
+    def broker_identity(self) -> IdentitySettings | None:
+        """What the broker is shown; None to speak to it without TLS."""
+        return None if self.broker.tls is False else self.identity
+
+    @property
+    def superlink_ca_path(self) -> Path | None:
+        """Certificate authority of the SuperLink; None for a device that only serves."""
+        if self.federation is None:
+            return None
+        return self.federation.ca_path or (self.identity.ca_path if self.identity else None)
 
     @property
     def uds_path(self) -> Path:

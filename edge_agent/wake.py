@@ -99,7 +99,7 @@ class TrainingDesk:
             graph_dir=str(version.directory),
             coordinator_key_pem=self._updater.coordinator_key_path.read_text(encoding="ascii"),
             superlink=federation.superlink,
-            ca_path=str(federation.ca_path),
+            ca_path=str(settings.superlink_ca_path),
             node_key_path=str(federation.node_key_path),
             definition=None if federation.definition is None else str(federation.definition),
             samples_path=str(settings.samples_path),

@@ -41,6 +41,7 @@ def run_coordinator(arguments: Namespace) -> None:
 
 
 def run_enroll(arguments: Namespace) -> None:
+    from fl_server.authority import Authority
     from fl_server.rollout.repository import ReleaseRepository
 
     settings, directory = _load(arguments)
@@ -48,20 +49,25 @@ def run_enroll(arguments: Namespace) -> None:
         fleet=settings.fleet,
         broker_host=settings.broker.host,
         broker_port=settings.broker.port,
+        broker_tls=settings.broker.tls,
         superlink=settings.superlink.address,
         ca=directory.ca_path.read_bytes(),
         tuf_root=ReleaseRepository(directory).load_root(),
     )
     model = arguments.model or _get_only_model(settings)
     with Roster(directory.database_path) as roster:
-        enroll_device(roster, federation, device_id=arguments.device_id, model=model, out_dir=arguments.out)
+        authority = Authority(directory.ca_dir)
+        enroll_device(roster, authority, federation, device_id=arguments.device_id, model=model, out_dir=arguments.out)
     print(f"enrolled {arguments.device_id}; move {arguments.out} to the device, it holds the device's private key")
 
 
 def run_revoke(arguments: Namespace) -> None:
+    from fl_server.authority import Authority
+
     _, directory = _load(arguments)
     with Roster(directory.database_path) as roster:
         roster.revoke(arguments.device_id)
+        Authority(directory.ca_dir).save_crl(item.serial for item in roster.list_revoked_certificates())
     print(f"revoked {arguments.device_id}")
 
 

@@ -9,16 +9,27 @@ from models.contract.topics import check_name
 
 CONFIG_NAME = "fl-server.toml"
 PREFIX = "FL_SERVER"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerSettings:
-    """Where the MQTT broker listens, for the coordinator and for devices alike."""
+    """Where the MQTT broker listens, for the coordinator and for devices alike.
+
+    Attributes:
+        tls: Whether it asks for certificates: the coordinator's is in the federation's `ca/`, a device's in its bundle.
+    """
 
     host: str = "127.0.0.1"
-    port: int = 1883
+    port: int = 8883
+    tls: bool = True
 
     def __post_init__(self) -> None:
+        if not self.tls and self.host not in LOOPBACK:
+            raise ValueError(
+                f"broker.tls is false and broker.host {self.host!r:.80}: without TLS a broker may only be on "
+                f"{', '.join(LOOPBACK)}"
+            )
         _check_address(self.host, self.port)
 
 

@@ -8,7 +8,7 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fl_server.authority import create_authority, save_secret
+from fl_server.authority import Authority, save_secret
 from fl_server.directory import Directory
 from fl_server.errors import UsageError
 from fl_server.fleet.roster import Roster
@@ -80,7 +80,9 @@ def initialise(path: Path, *, fleet: str, host: str) -> None:
 
 def _fill(directory: Directory, fleet: str, host: str) -> None:
     directory.config_path.write_text(_CONFIG.format(fleet=fleet, host=host))
-    create_authority(directory.ca_dir, fleet=fleet, hosts=sorted({"127.0.0.1", "localhost", host}))
+    authority = Authority.create(directory.ca_dir, fleet=fleet)
+    authority.issue_servers(sorted({"127.0.0.1", "localhost", host}))
+    authority.save_crl([])
     ReleaseRepository.create(directory, now=datetime.now(UTC))
     directory.superlink_dir.mkdir(mode=0o700)
     save_secret(directory.superexec_secret_path, secrets.token_hex(32).encode())

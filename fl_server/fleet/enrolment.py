@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from fl_server.authority import Authority, encode, encode_key
 from fl_server.errors import UsageError
 from fl_server.fleet.roster import Roster, RosterError
 from models.contract.files import sync_directory
@@ -28,13 +30,18 @@ tuf_root_path = "root.json"    # the root of trust: what this fleet's releases a
 host = "127.0.0.1"             # the local inference API; also on a Unix socket in state_dir
 port = 8080
 
+[identity]                     # who this device is to broker and proxy; both keys are secret
+ca_path = "ca.pem"
+cert_path = "device.pem"
+key_path = "device.key"
+
 [broker]
 host = "{broker_host}"
 port = {broker_port}
+tls = {broker_tls}
 
 [federation]                   # without this section the device only serves
 superlink = "{superlink}"
-ca_path = "ca.pem"
 node_key_path = "node.key"     # this device's identity in training: keep it secret
 # definition = "model.py:definition"  # your copy, for a model that trains with the Opacus engine
 
@@ -57,16 +64,20 @@ class Federation:
     fleet: str
     broker_host: str
     broker_port: int
+    broker_tls: bool
     superlink: str
     ca: bytes
     tuf_root: bytes
 
 
-def enroll_device(roster: Roster, federation: Federation, *, device_id: str, model: str, out_dir: Path) -> None:
+def enroll_device(
+    roster: Roster, authority: Authority, federation: Federation, *, device_id: str, model: str, out_dir: Path
+) -> None:
     """Enrol a device and write its bundle to `out_dir`; both happen, or neither.
 
     Raises:
         RosterError: A name is not allowed, or the id is taken.
+        AuthorityError: The id is the coordinator's own name.
         UsageError: `out_dir` holds something.
     """
     try:
@@ -76,24 +87,53 @@ def enroll_device(roster: Roster, federation: Federation, *, device_id: str, mod
         raise RosterError(str(error)) from error
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UsageError(f"{out_dir} is not an empty folder; a bundle gets one of its own")
-    key = ec.generate_private_key(ec.SECP384R1())  # the curve that Flower's node authentication asks for
-    public_key = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = authority.issue_device(device_id, key.public_key())
+    node_key = ec.generate_private_key(ec.SECP384R1())  # the curve that Flower's node authentication asks for
+    node_public_key = node_key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     config = _CONFIG.format(
         device_id=device_id,
         fleet=federation.fleet,
         model=model,
         broker_host=federation.broker_host,
         broker_port=federation.broker_port,
+        broker_tls=str(federation.broker_tls).lower(),
         superlink=federation.superlink,
     )
     files = {
         "edge-agent.toml": config.encode(),
         "root.json": federation.tuf_root,
         "ca.pem": federation.ca,
-        "node.key": key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()),
+        "device.pem": encode(certificate),
+        "device.key": encode_key(key),
+        "node.key": node_key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()),
     }
-    with roster.enrolling(device_id, public_key):
+    with roster.enrolling(device_id, node_public_key):
+        save_certificate(roster, device_id, certificate)
         _save_bundle(out_dir, files)
+
+
+def renew_device(roster: Roster, authority: Authority, device_id: str, request: bytes) -> bytes:
+    """Return a new certificate, PEM, of a member that has shown its present one; that one ends by itself.
+
+    Args:
+        roster: Keeps the certificate.
+        authority: Issues it.
+        device_id: Who asks, as its present certificate says.
+        request: PKCS #10 in PEM; only its key counts, and it may be the same key again.
+
+    Raises:
+        RosterError: No such member: it was revoked, or never enrolled.
+        AuthorityError: The request cannot be used.
+    """
+    certificate = authority.issue_from_request(device_id, request)
+    save_certificate(roster, device_id, certificate)
+    return encode(certificate)
+
+
+def save_certificate(roster: Roster, device_id: str, certificate: x509.Certificate) -> None:
+    """Keep on the roster what must be refused once the device is revoked; raises RosterError for no member."""
+    roster.save_certificate(device_id, certificate.serial_number, certificate.not_valid_after_utc.timestamp())
 
 
 def _save_bundle(out_dir: Path, files: Mapping[str, bytes]) -> None:

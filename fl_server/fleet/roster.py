@@ -3,6 +3,7 @@
 One SQLite file, shared by the running coordinator and operators' commands.
 """
 
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,12 @@ CREATE TABLE IF NOT EXISTS devices (
     revoked_at REAL,
     status BLOB,
     telemetry BLOB
+) STRICT;
+CREATE TABLE IF NOT EXISTS certificates (  -- of devices
+    serial TEXT PRIMARY KEY,  -- up to 160 bits
+    device_id TEXT NOT NULL,
+    not_after REAL NOT NULL,
+    is_shut_out INTEGER NOT NULL DEFAULT 0  -- once the broker refuses it and has ended what it had open
 ) STRICT;
 CREATE TABLE IF NOT EXISTS events (
     number INTEGER PRIMARY KEY,
@@ -59,6 +66,21 @@ CREATE TABLE IF NOT EXISTS updates (  -- that came, whatever became of them, and
 
 class RosterError(ServerError):
     """The roster cannot take this: a name is not allowed, taken or unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceCertificate:
+    """One certificate issued to a device.
+
+    Attributes:
+        not_after: Unix time, s.
+        is_shut_out: Whether the broker refuses it, and has ended its session.
+    """
+
+    device_id: str
+    serial: int
+    not_after: float
+    is_shut_out: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +169,40 @@ class Roster:
         query = "UPDATE devices SET revoked_at = ? WHERE device_id = ? AND revoked_at IS NULL"
         if not self._database.execute(query, (time.time(), device_id)).rowcount:
             raise RosterError(f"device {device_id!r} is not enrolled; see fl-server devices")
+
+    def save_certificate(self, device_id: str, serial: int, not_after: float) -> None:
+        """Keep that the certificate was issued to the device, which may have several until the older ones end.
+
+        Raises:
+            RosterError: No such member.
+        """
+        added = self._database.execute(
+            "INSERT INTO certificates (serial, device_id, not_after) "
+            "SELECT ?, device_id, ? FROM devices WHERE device_id = ? AND revoked_at IS NULL",
+            (str(serial), not_after, device_id),
+        )
+        if not added.rowcount:
+            raise RosterError(f"device {device_id!r} is not enrolled; see fl-server devices")
+
+    def list_certificates(self, device_id: str) -> list[DeviceCertificate]:
+        """Return what was issued to the device, the one that ends last first."""
+        rows = self._database.execute(
+            "SELECT * FROM certificates WHERE device_id = ? ORDER BY not_after DESC", (device_id,)
+        )
+        return [_read_certificate(row) for row in rows]
+
+    def list_revoked_certificates(self) -> list[DeviceCertificate]:
+        """Return what revoked devices have that has not ended by itself."""
+        rows = self._database.execute(
+            "SELECT certificates.* FROM certificates JOIN devices USING (device_id) "
+            "WHERE revoked_at IS NOT NULL AND not_after > ? ORDER BY device_id",
+            (time.time(),),
+        )
+        return [_read_certificate(row) for row in rows]
+
+    def save_shut_out(self, device_id: str) -> None:
+        """Keep that the broker refuses every certificate of the device, and has ended its session."""
+        self._database.execute("UPDATE certificates SET is_shut_out = 1 WHERE device_id = ?", (device_id,))
 
     def save_node_id(self, device_id: str, node_id: int | None) -> None:
         text = None if node_id is None else str(node_id)
@@ -248,3 +304,12 @@ class Roster:
             self._database.execute("ROLLBACK")
             raise
         self._database.execute("COMMIT")
+
+
+def _read_certificate(row: sqlite3.Row) -> DeviceCertificate:
+    return DeviceCertificate(
+        device_id=row["device_id"],
+        serial=int(row["serial"]),
+        not_after=row["not_after"],
+        is_shut_out=bool(row["is_shut_out"]),
+    )
