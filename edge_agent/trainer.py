@@ -103,6 +103,8 @@ def train(job: TrainingJob, *, report: Callable[[TrainingEvent], None]) -> None:
             superlink=job.superlink,
             ca_path=Path(job.ca_path),
             node_key_path=Path(job.node_key_path),
+            cert_path=Path(job.cert_path) if job.cert_path else None,
+            key_path=Path(job.key_path) if job.key_path else None,
             poll_interval_s=job.poll_interval_s,
             idle_timeout_s=job.idle_timeout_s,
             handle=session.handle,

@@ -50,7 +50,7 @@ def run_enroll(arguments: Namespace) -> None:
         broker_host=settings.broker.host,
         broker_port=settings.broker.port,
         broker_tls=settings.broker.tls,
-        superlink=settings.superlink.address,
+        superlink=settings.fleet_address,
         ca=directory.ca_path.read_bytes(),
         tuf_root=ReleaseRepository(directory).load_root(),
     )

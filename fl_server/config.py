@@ -35,18 +35,51 @@ class BrokerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuperLinkSettings:
-    """Where the coordinator starts Flower's SuperLink, and where devices find it."""
+    """Where the coordinator starts Flower's SuperLink; devices reach it through the proxy."""
 
     host: str = "127.0.0.1"
     port: int = 9092
 
     def __post_init__(self) -> None:
         _check_address(self.host, self.port)
+        if self.host not in LOOPBACK:
+            raise ValueError(
+                f"superlink.host is {self.host!r:.80}, must be one of {', '.join(LOOPBACK)}: its Control API asks nobody "
+                "who they are, so devices come through the proxy; leave the key out, and name this machine in proxy.host"
+            )
 
     @property
     def address(self) -> str:
-        """Host and port, as devices dial it."""
+        """Host and port, as this machine dials it."""
         return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxySettings:
+    """Where nginx listens for devices, as `proxy/nginx.conf` says, too.
+
+    Attributes:
+        used: Whether devices come through it; false for devices on this machine only, which dial the SuperLink.
+        host: Where devices reach this machine.
+        port: For devices with a certificate.
+        enrolment_port: For devices that have only a token yet.
+        coordinator_port: Where the coordinator takes enrolments and renewals from it, on the loopback.
+    """
+
+    used: bool = True
+    host: str = "127.0.0.1"
+    port: int = 9443
+    enrolment_port: int = 9444
+    coordinator_port: int = 9093
+
+    def __post_init__(self) -> None:
+        for port in (self.port, self.enrolment_port, self.coordinator_port):
+            _check_address(self.host, port)
+        if not self.used and self.host not in LOOPBACK:
+            raise ValueError(
+                f"proxy.used is false and proxy.host {self.host!r:.80}: without the proxy devices may only be on this "
+                "machine"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +137,7 @@ class ServerSettings:
     fleet: str
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     superlink: SuperLinkSettings = field(default_factory=SuperLinkSettings)
+    proxy: ProxySettings = field(default_factory=ProxySettings)
     rounds: RoundsSettings = field(default_factory=RoundsSettings)
     models: dict[str, ModelSettings] = field(default_factory=dict)
 
@@ -111,6 +145,11 @@ class ServerSettings:
         check_name(self.fleet, "fleet")
         for name in self.models:
             check_name(name, "model")
+
+    @property
+    def fleet_address(self) -> str:
+        """Host and port where devices find the SuperLink."""
+        return f"{self.proxy.host}:{self.proxy.port}" if self.proxy.used else self.superlink.address
 
 
 def load_server_settings(path: Path) -> ServerSettings:

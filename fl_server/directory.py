@@ -36,6 +36,11 @@ class Directory:
         return self.path / "ca"
 
     @property
+    def proxy_dir(self) -> Path:
+        """The proxy's configuration, and what it keeps for a moment."""
+        return self.path / "proxy"
+
+    @property
     def online_keys_dir(self) -> Path:
         return self.path / "keys" / "online"
 

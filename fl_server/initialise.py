@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fl_server.authority import Authority, save_secret
+from fl_server.config import load_server_settings
 from fl_server.directory import Directory
 from fl_server.errors import UsageError
 from fl_server.fleet.roster import Roster
 from fl_server.jobs import Jobs
+from fl_server.proxy.files import save_proxy_files
 from fl_server.registry.registry import Registry
 from fl_server.rollout.repository import ReleaseRepository
 from models.contract.files import sync_directory
@@ -28,9 +30,13 @@ fleet = "{fleet}"
 host = "{host}"
 port = 1883
 
-[superlink]                   # Flower's SuperLink, a child of the coordinator; its certificate names this host
-host = "{host}"
+[superlink]                   # Flower's SuperLink, a child of the coordinator, on the loopback
 port = 9092
+
+[proxy]                       # nginx, the devices' only way to it; these ports are in proxy/nginx.conf, too
+host = "{host}"
+port = 9443                   # for devices with a certificate
+enrolment_port = 9444         # for devices that have only a token yet
 
 [rounds]
 deadline_s = 60.0             # of one round
@@ -54,7 +60,7 @@ def initialise(path: Path, *, fleet: str, host: str) -> None:
     Args:
         path: Appears whole, or not at all.
         fleet: Its name in every topic and order.
-        host: Where devices reach this machine; the SuperLink's certificate is valid for it.
+        host: Where devices reach this machine; the servers' certificates are valid for it.
 
     Raises:
         UsageError: `path` holds something, or a name is not allowed.
@@ -83,6 +89,7 @@ def _fill(directory: Directory, fleet: str, host: str) -> None:
     authority = Authority.create(directory.ca_dir, fleet=fleet)
     authority.issue_servers(sorted({"127.0.0.1", "localhost", host}))
     authority.save_crl([])
+    save_proxy_files(directory.proxy_dir, load_server_settings(directory.config_path))
     ReleaseRepository.create(directory, now=datetime.now(UTC))
     directory.superlink_dir.mkdir(mode=0o700)
     save_secret(directory.superexec_secret_path, secrets.token_hex(32).encode())

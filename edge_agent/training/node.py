@@ -55,6 +55,8 @@ def serve(
     superlink: str,
     ca_path: Path,
     node_key_path: Path,
+    cert_path: Path | None = None,
+    key_path: Path | None = None,
     poll_interval_s: float,
     idle_timeout_s: float,
     handle: Handle,
@@ -65,10 +67,12 @@ def serve(
     A SuperLink that is away, restarts or has forgotten this device is tried again until then.
 
     Args:
-        superlink: HOST:PORT.
-        ca_path: Certificate authority of the SuperLink, PEM.
+        superlink: HOST:PORT of it, or of the proxy before it.
+        ca_path: Certificate authority of whichever that is, PEM.
         node_key_path: The device's NIST-curve private key, PEM or OpenSSH. Beside it, with the suffix
             ".node", the node id is kept: a process that was killed rejoins at once by it.
+        cert_path: Certificate that the proxy is shown, PEM, and `key_path` its key; None to show none.
+        key_path: Belongs to `cert_path`.
         poll_interval_s: How often to ask for a message; > 0.
         idle_timeout_s: > 0.
         handle: Gets parameters, shape (n,), float32, and the envelope; returns the encoded update, or None to
@@ -77,13 +81,16 @@ def serve(
 
     Raises:
         TransientError: The SuperLink never let this device in.
-        StalledError: The key or the certificate authority cannot be read.
+        StalledError: A key or certificate cannot be read.
     """
     try:
         key = _load_key(node_key_path)
         context = ssl.create_default_context(cafile=ca_path)
+        if cert_path is not None:
+            context.load_cert_chain(cert_path, key_path)
     except (OSError, ValueError) as error:
-        raise StalledError(f"cannot join the SuperLink with {node_key_path} and {ca_path}: {error}") from error
+        files = ", ".join(str(path) for path in (node_key_path, ca_path, cert_path, key_path) if path is not None)
+        raise StalledError(f"cannot join the SuperLink with {files}: {error}") from error
     _Node(f"https://{superlink}", context, key, node_key_path.with_suffix(".node"), idle_timeout_s).serve(
         poll_interval_s, handle, on_joined
     )
@@ -283,4 +290,6 @@ def _status(error: BaseException) -> int:
 
 def _describe(error: Exception) -> str:
     status = _status(error)
+    if status == httpx.codes.BAD_REQUEST:  # the proxy's, for every certificate that it does not take
+        return "HTTP 400: the device's certificate may be expired, revoked or of another authority"
     return f"HTTP {status}" if status else f"{type(error).__name__}: {error}"

@@ -93,6 +93,7 @@ class LocalFederation:
         self._stack = ExitStack()
         self._broker_port, superlink_port = find_free_ports(2)
         self._environment = {
+            "FL_SERVER_PROXY__USED": "false",
             "FL_SERVER_BROKER__PORT": str(self._broker_port),
             "FL_SERVER_SUPERLINK__PORT": str(superlink_port),
         }

@@ -99,13 +99,20 @@ def find_free_ports(count: int) -> list[int]:
 
 def find_mosquitto() -> str:
     """Return the path of a mosquitto; raises ServerError that says how to get one."""
-    unpacked = Path(sys.prefix) / "mosquitto" / "mosquitto"
+    return _find_program("mosquitto", "deploy/broker/get-mosquitto.sh")
+
+
+def find_nginx() -> str:
+    """Return the path of an nginx; raises ServerError that says how to get one."""
+    return _find_program("nginx", "deploy/server/get-nginx.sh")
+
+
+def _find_program(name: str, script: str) -> str:
+    unpacked = Path(sys.prefix) / name / name
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-    found = shutil.which("mosquitto", path=path) or (str(unpacked) if unpacked.exists() else None)
+    found = shutil.which(name, path=path) or (str(unpacked) if unpacked.exists() else None)
     if found is None:
-        raise ServerError(
-            f"there is no mosquitto: run `deploy/broker/get-mosquitto.sh {unpacked.parent}` or install mosquitto 2"
-        )
+        raise ServerError(f"there is no {name}: run `{script} {unpacked.parent}` or install it")
     return found
 
 

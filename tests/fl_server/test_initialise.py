@@ -22,7 +22,7 @@ def directory(tmp_path: Path) -> Directory:
 def test_configuration_that_init_writes_can_be_loaded(directory):
     settings = load_server_settings(directory.config_path)
     assert settings.fleet == "demo"
-    assert settings.broker.host == settings.superlink.host == "server.example"
+    assert settings.broker.host == settings.proxy.host == "server.example"
 
 
 @pytest.mark.parametrize("server", ["superlink", "broker", "proxy"])
