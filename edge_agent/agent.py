@@ -65,6 +65,11 @@ def run_agent(settings: AgentSettings) -> None:
         settings.state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"{error.filename}: {error.strerror}") from error
+    try:
+        if settings.broker_identity is not None:
+            settings.broker_identity.build_context()
+    except OSError as error:
+        raise SettingsError(f"[identity] {error}") from error
     with holding_lock(settings.state_dir):
         sockets = bind_sockets(settings.http.host, settings.http.port, settings.uds_path)
         try:
@@ -297,6 +302,7 @@ class Agent:
             client_id=settings.device_id,
             keepalive_s=settings.broker.keepalive_s,
             subscriptions=tuple(filter(None, (self._offer_topic, self._command_topic, self._ack_topic, sensor))),
+            identity=settings.broker_identity,
         )
 
     def _describe_updates(self) -> UpdaterSettings:

@@ -5,6 +5,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
+from models.contract.identity import Identity
 from models.contract.settings import load_settings
 from models.contract.topics import PREFIX, check_name
 
@@ -37,21 +38,6 @@ class GrpcSettings:
 
     def __post_init__(self) -> None:
         _check_port(self.port, "grpc.port")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IdentitySettings:
-    """Who the device is to the broker and on the way to the SuperLink, as enrolment wrote it; all PEM.
-
-    Attributes:
-        ca_path: Certificate authority of the federation, which its servers must come from.
-        cert_path: The device's certificate, with its id as common name.
-        key_path: The certificate's key.
-    """
-
-    ca_path: Path
-    cert_path: Path
-    key_path: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,7 +261,7 @@ class AgentSettings:
         model: The one model it serves.
         state_dir: Everything it keeps; made on the first start.
         tuf_root_path: The root of trust that enrolment put there.
-        identity: None for a device without certificates, whose broker is on the loopback.
+        identity: Who it is to broker and proxy, as enrolment wrote it; None where the broker is on the loopback.
         grpc: None for a device that answers over HTTP only.
         federation: None for a device that only serves.
     """
@@ -286,7 +272,7 @@ class AgentSettings:
     state_dir: Path
     tuf_root_path: Path
     http: HttpSettings = field(default_factory=HttpSettings)
-    identity: IdentitySettings | None = None
+    identity: Identity | None = None
     grpc: GrpcSettings | None = None
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     updates: UpdateSettings = field(default_factory=UpdateSettings)
@@ -316,7 +302,7 @@ class AgentSettings:
         check_name(self.model, "model")
 
     @property
-    def broker_identity(self) -> IdentitySettings | None:
+    def broker_identity(self) -> Identity | None:
         """What the broker is shown; None to speak to it without TLS."""
         return None if self.broker.tls is False else self.identity
 

@@ -80,7 +80,10 @@ def _add_init(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="where devices reach this machine (default: 127.0.0.1); is in the certificate",
+        help="where devices reach this machine (default: 127.0.0.1); is in the certificates",
+    )
+    parser.add_argument(
+        "--broker-port", type=int, default=8883, metavar="N", help="where the broker listens (default: %(default)s)"
     )
     parser.set_defaults(execute=commands.run_init)
 
@@ -99,7 +102,9 @@ def _add_enroll(subparsers: _Subparsers) -> None:
 
 
 def _add_revoke(subparsers: _Subparsers) -> None:
-    parser = _add_with_config(subparsers, "revoke", "exclude a device from every run to come, and ignore what it says")
+    parser = _add_with_config(
+        subparsers, "revoke", "shut a device out: of every run to come and, within a minute, of the broker"
+    )
     parser.add_argument("device_id", metavar="DEVICE_ID", help="its name in topics: A-Z a-z 0-9 . _ -")
     parser.set_defaults(execute=commands.run_revoke)
 

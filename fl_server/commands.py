@@ -27,7 +27,7 @@ POLL_INTERVAL_S = 0.2  # of a job that is followed
 def run_init(arguments: Namespace) -> None:
     from fl_server.initialise import initialise
 
-    initialise(arguments.directory, fleet=arguments.fleet, host=arguments.host)
+    initialise(arguments.directory, fleet=arguments.fleet, host=arguments.host, broker_port=arguments.broker_port)
     config_path = Directory(arguments.directory).config_path
     print(f"created {config_path}; add a [models.NAME] section, then: fl-server run --config {config_path}")
 

@@ -17,12 +17,19 @@ class BrokerSettings:
     """Where the MQTT broker listens, for the coordinator and for devices alike.
 
     Attributes:
-        tls: Whether it asks for certificates: the coordinator's is in the federation's `ca/`, a device's in its bundle.
+        tls: Whether it asks for certificates.
+        ca_path: The authority that the broker's certificate comes from, PEM; the federation's own where None.
+        cert_path: The coordinator's certificate; that in the federation's `ca/` where None, and so is `key_path`.
+        revocation_interval_s: After how long, at most, the broker learns of a device that was revoked.
     """
 
     host: str = "127.0.0.1"
     port: int = 8883
     tls: bool = True
+    ca_path: Path | None = None
+    cert_path: Path | None = None
+    key_path: Path | None = None
+    revocation_interval_s: float = 10.0
 
     def __post_init__(self) -> None:
         if not self.tls and self.host not in LOOPBACK:
@@ -30,6 +37,10 @@ class BrokerSettings:
                 f"broker.tls is false and broker.host {self.host!r:.80}: without TLS a broker may only be on "
                 f"{', '.join(LOOPBACK)}"
             )
+        if (self.cert_path is None) != (self.key_path is None):
+            raise ValueError("broker.cert_path and broker.key_path belong together")
+        if not 0 < self.revocation_interval_s <= 30:  # two of them, and the connection, within a minute
+            raise ValueError(f"broker.revocation_interval_s is {self.revocation_interval_s}, must be in (0, 30]")
         _check_address(self.host, self.port)
 
 

@@ -38,6 +38,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from edge_agent.errors import StalledError, TransientError
 from models.contract.files import save_atomically
+from models.contract.identity import Identity
 from models.tensors.layout import Vector, parse_vector_bytes
 
 Handle: TypeAlias = Callable[[Vector, bytes], bytes | None]
@@ -55,8 +56,7 @@ def serve(
     superlink: str,
     ca_path: Path,
     node_key_path: Path,
-    cert_path: Path | None = None,
-    key_path: Path | None = None,
+    identity: Identity | None = None,
     poll_interval_s: float,
     idle_timeout_s: float,
     handle: Handle,
@@ -71,8 +71,7 @@ def serve(
         ca_path: Certificate authority of whichever that is, PEM.
         node_key_path: The device's NIST-curve private key, PEM or OpenSSH. Beside it, with the suffix
             ".node", the node id is kept: a process that was killed rejoins at once by it.
-        cert_path: Certificate that the proxy is shown, PEM, and `key_path` its key; None to show none.
-        key_path: Belongs to `cert_path`.
+        identity: Whose certificate the proxy is shown; None to show none.
         poll_interval_s: How often to ask for a message; > 0.
         idle_timeout_s: > 0.
         handle: Gets parameters, shape (n,), float32, and the envelope; returns the encoded update, or None to
@@ -86,11 +85,11 @@ def serve(
     try:
         key = _load_key(node_key_path)
         context = ssl.create_default_context(cafile=ca_path)
-        if cert_path is not None:
-            context.load_cert_chain(cert_path, key_path)
+        if identity is not None:
+            context.load_cert_chain(identity.cert_path, identity.key_path)
     except (OSError, ValueError) as error:
-        files = ", ".join(str(path) for path in (node_key_path, ca_path, cert_path, key_path) if path is not None)
-        raise StalledError(f"cannot join the SuperLink with {files}: {error}") from error
+        files = [node_key_path, ca_path, *([identity.cert_path, identity.key_path] if identity else [])]
+        raise StalledError(f"cannot join the SuperLink with {', '.join(map(str, files))}: {error}") from error
     _Node(f"https://{superlink}", context, key, node_key_path.with_suffix(".node"), idle_timeout_s).serve(
         poll_interval_s, handle, on_joined
     )

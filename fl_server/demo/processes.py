@@ -21,7 +21,13 @@ class Child:
     """One running program; it dies with this process, even when this one is killed."""
 
     def __init__(
-        self, name: str, command: Sequence[str], *, log_path: Path, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        log_path: Path,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
     ) -> None:
         self.name = name
         self.log_path = log_path
@@ -32,6 +38,7 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
+                cwd=cwd,
                 preexec_fn=_die_with_parent,  # noqa: PLW1509 - no threads are running when children start
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops its children in order
             )

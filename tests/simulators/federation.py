@@ -93,6 +93,7 @@ class Federation:
         self.environment = {
             "FL_SERVER_PROXY__USED": "false",
             "FL_SERVER_BROKER__PORT": str(broker_port),
+            "FL_SERVER_BROKER__TLS": "false",
             "FL_SERVER_SUPERLINK__PORT": str(self.superlink_port),
         }
         self.process: subprocess.Popen[bytes] | None = None
