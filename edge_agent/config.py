@@ -98,10 +98,17 @@ class FederationSettings:
             file, _, name = str(self.definition).rpartition(":")
             if not file.endswith(".py") or not name.isidentifier():
                 raise ValueError(f"federation.definition is '{self.definition}', must be FILE.py:NAME")
-        host, _, port = self.superlink.rpartition(":")
-        if not host or not port.isdecimal():
-            raise ValueError(f"federation.superlink is {self.superlink!r}, must be HOST:PORT")
-        _check_port(int(port), "federation.superlink")
+        _check_address(self.superlink, "federation.superlink")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenewalSettings:
+    """Where the device's certificate is renewed before it ends; `server` is HOST:PORT of the proxy."""
+
+    server: str
+
+    def __post_init__(self) -> None:
+        _check_address(self.server, "renewal.server")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,6 +269,7 @@ class AgentSettings:
         state_dir: Everything it keeps; made on the first start.
         tuf_root_path: The root of trust that enrolment put there.
         identity: Who it is to broker and proxy, as enrolment wrote it; None where the broker is on the loopback.
+        renewal: None for a certificate that somebody else renews.
         grpc: None for a device that answers over HTTP only.
         federation: None for a device that only serves.
     """
@@ -273,6 +281,7 @@ class AgentSettings:
     tuf_root_path: Path
     http: HttpSettings = field(default_factory=HttpSettings)
     identity: Identity | None = None
+    renewal: RenewalSettings | None = None
     grpc: GrpcSettings | None = None
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     updates: UpdateSettings = field(default_factory=UpdateSettings)
@@ -297,6 +306,8 @@ class AgentSettings:
             )
         if self.federation and self.federation.ca_path is None and self.identity is None:
             raise ValueError("[federation] needs a section [identity], or its own ca_path")
+        if self.renewal and self.identity is None:
+            raise ValueError("[renewal] needs a section [identity]: ca_path, cert_path, key_path")
         check_name(self.device_id, "device_id")
         check_name(self.fleet, "fleet")
         check_name(self.model, "model")
@@ -330,6 +341,13 @@ class AgentSettings:
 def load_agent_settings(path: Path) -> AgentSettings:
     """Return the settings in the TOML file at `path`; raises SettingsError."""
     return load_settings(path, AgentSettings, prefix="EDGE_AGENT")
+
+
+def _check_address(address: str, key: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"{key} is {address!r}, must be HOST:PORT")
+    _check_port(int(port), key)
 
 
 def _check_port(port: int, key: str) -> None:

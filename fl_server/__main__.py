@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_init(subparsers)
     _add_run(subparsers)
     _add_enroll(subparsers)
+    _add_token(subparsers)
     _add_revoke(subparsers)
     _add_devices(subparsers)
     _add_package(subparsers)
@@ -99,6 +100,17 @@ def _add_enroll(subparsers: _Subparsers) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty; holds a private key then")
     parser.add_argument("--model", metavar="NAME", help="what it serves (default: the only model configured)")
     parser.set_defaults(execute=commands.run_enroll)
+
+
+def _add_token(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "token", "print a word with which a machine makes itself a device, once")
+    parser.add_argument("device_id", metavar="DEVICE_ID", help="its name in topics: A-Z a-z 0-9 . _ -")
+    parser.add_argument("--model", metavar="NAME", help="what it serves (default: the only model configured)")
+    parser.add_argument("--hours", type=float, default=24.0, metavar="H", help="until it expires (default: 24)")
+    parser.add_argument(
+        "--again", action="store_true", help="the device is enrolled already: it gets new keys, and keeps what it spent"
+    )
+    parser.set_defaults(execute=commands.run_token)
 
 
 def _add_revoke(subparsers: _Subparsers) -> None:

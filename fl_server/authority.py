@@ -84,6 +84,27 @@ class Authority:
             raise AuthorityError("the request must be signed with its own key, on the curve P-256")
         return self.issue_device(device_id, key)
 
+    def check_device(self, certificate: bytes) -> x509.Certificate:
+        """Return the device's certificate, PEM, if it is of this authority and holds now; whether revoked is not known.
+
+        Raises:
+            AuthorityError: It is none, or expired.
+        """
+        try:
+            parsed = x509.load_pem_x509_certificate(certificate)
+            parsed.verify_directly_issued_by(self._certificates[0])
+        except Exception as error:  # what a stranger sent; the library raises its own, ValueError, TypeError and others
+            raise AuthorityError("there is no certificate of this authority") from error
+        if not parsed.not_valid_before_utc <= dt.datetime.now(dt.UTC) <= parsed.not_valid_after_utc:
+            raise AuthorityError("the certificate has expired; ask the operator for a token made with --again")
+        return parsed
+
+    @staticmethod
+    def is_young(certificate: x509.Certificate) -> bool:
+        """Return whether more than half of its time is left."""
+        now, ends = dt.datetime.now(dt.UTC), certificate.not_valid_after_utc
+        return ends - now > (ends - certificate.not_valid_before_utc) / 2
+
     def issue_servers(self, hosts: Sequence[str]) -> None:
         """Write the servers' certificates, valid for `hosts`, and the coordinator's, each with a new key."""
         for name in SERVERS:

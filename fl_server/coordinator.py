@@ -6,6 +6,7 @@ messages    what the fleet says, onto the roster; retained state again after a r
 jobs        what operators ask for, one at a time
 revoked     shut out of the broker, and of every server that reads the list of revoked certificates
 metadata    what is signed, signed again before it expires, and published if the broker lacks it
+enrolment   what devices ask for through the proxy: their first certificate, and the next
 """
 
 import asyncio
@@ -15,12 +16,15 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 
 from fl_server.announcer import Announcer
 from fl_server.authority import Authority
 from fl_server.config import ServerSettings
+from fl_server.console.http import answering
 from fl_server.directory import Directory
+from fl_server.enrolment_desk import EnrolmentDesk, build_server_context, load_federation
 from fl_server.errors import RunError, ServerError
 from fl_server.fleet.lockout import Lockout
 from fl_server.fleet.mqtt import Connected, Disconnected, FromDevice, Link, LinkError
@@ -101,10 +105,12 @@ class Coordinator:
     def __init__(self, settings: ServerSettings, directory: Directory, roster: Roster, jobs: Jobs, link: Link) -> None:
         self._settings, self._roster, self._jobs, self._link = settings, roster, jobs, link
         self._superlink = SuperLink(settings.superlink, directory, roster)
+        self._directory, authority = directory, Authority(directory.ca_dir)
+        self._desk = EnrolmentDesk(roster, authority, partial(load_federation, settings, directory))
         self._lockout = Lockout(
             settings.broker,
             roster,
-            Authority(directory.ca_dir),
+            authority,
             servers=directory.pid_paths,
             ca_path=settings.broker.ca_path or directory.ca_path,
         )
@@ -131,7 +137,16 @@ class Coordinator:
             "jobs": self._work,
             "revoked": self._lockout.keep_out,
             "metadata": self._keep_published,
+            **({"enrolment": self._take_enrolments} if self._settings.proxy.used else {}),
         }
+
+    async def _take_enrolments(self) -> None:
+        port = self._settings.proxy.coordinator_port
+        try:
+            async with answering(port, build_server_context(self._directory), self._desk.decide):
+                await asyncio.Event().wait()
+        except OSError as error:
+            raise ServerError(f"proxy.coordinator_port: cannot listen on 127.0.0.1:{port}: {error.strerror}") from error
 
     async def _keep_registered(self) -> None:
         is_first = True  # the SuperLink's database may be a new one
