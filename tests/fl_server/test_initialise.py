@@ -38,6 +38,15 @@ def test_servers_certificate_is_the_authoritys_and_names_every_address(directory
     assert key.public_key() == certificate.public_key()
 
 
+def test_broker_listens_where_devices_dial_it_and_only_this_machine_needs_no_more_than_the_loopback(
+    tmp_path, directory
+):
+    assert "listener 8883 \n" in (directory.broker_dir / "mosquitto.conf").read_text()
+    initialise(tmp_path / "local", fleet="demo", host="127.0.0.1", broker_port=1234)
+    assert "listener 1234 127.0.0.1\n" in (tmp_path / "local" / "broker" / "mosquitto.conf").read_text()
+    assert load_server_settings(tmp_path / "local" / "fl-server.toml").broker.port == 1234
+
+
 def test_nobody_else_reads_a_key_or_secret(directory):
     secrets = [*directory.path.rglob("*.key.pem"), *(directory.path / "keys").rglob("*.pem")]
     secrets.append(directory.superexec_secret_path)
