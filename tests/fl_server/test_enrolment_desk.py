@@ -25,7 +25,7 @@ from fl_server.fleet.roster import Roster, RosterError
 from models.contract.encoding import build_json
 from models.contract.enrolment import EnrolmentRequest, RenewalRequest, build_token, parse_token
 from models.contract.ledger import LedgerHead, Spent
-from tests.simulators.nginx import Proxy, issue_old, running_desk, running_proxy
+from tests.simulators.nginx import Proxy, issue_old, running_desk
 from tests.simulators.waiting import wait_until
 
 NOW = dt.datetime.now(dt.UTC)
@@ -33,7 +33,7 @@ NOW = dt.datetime.now(dt.UTC)
 
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory):
-    with running_proxy(tmp_path_factory.mktemp("proxy") / "federation") as proxy, running_desk(proxy):
+    with Proxy.create(tmp_path_factory.mktemp("proxy") / "federation") as proxy, running_desk(proxy):
         yield proxy
 
 
@@ -106,7 +106,7 @@ def test_token_is_worth_something_once_for_its_device_and_for_a_while(proxy, ros
 
 
 def test_token_does_not_leave_for_a_server_of_another_authority(proxy, roster, tmp_path):
-    other = Proxy(tmp_path / "other")
+    other = Proxy.create(tmp_path / "other")
     with Roster(other.directory.database_path) as others:
         token = get_token(other, others, "device-1")
     with pytest.raises(StalledError, match="its authority is another"):

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPSConnection
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import pytest
 from cryptography import x509
@@ -36,21 +38,36 @@ from tests.simulators.waiting import wait_until
 class Proxy:
     """nginx for a federation's folder; a context that ends it."""
 
-    def __init__(self, path: Path) -> None:
-        """Make authority and configuration in the new folder `path`."""
+    def __init__(self, directory: Directory, settings: ServerSettings) -> None:
+        """Write the configuration into the federation's folder, where an authority is already."""
+        self.directory, self.settings = directory, settings
+        self.authority = Authority(directory.ca_dir)
+        save_proxy_files(directory.proxy_dir, settings)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    def create(cls, path: Path) -> Self:
+        """Make a federation of an authority and a proxy in the new folder `path`."""
         path.mkdir()
-        self.directory = Directory(path)
         superlink, port, enrolment_port, coordinator_port = find_free_ports(4)
-        self.settings = ServerSettings(
+        settings = ServerSettings(
             fleet="demo",
             superlink=SuperLinkSettings(port=superlink),
             proxy=ProxySettings(port=port, enrolment_port=enrolment_port, coordinator_port=coordinator_port),
         )
-        self.authority = Authority.create(self.directory.ca_dir, fleet="demo")
-        self.authority.issue_servers(["127.0.0.1", "localhost"])
-        self.authority.save_crl([])
-        save_proxy_files(self.directory.proxy_dir, self.settings)
-        self.process: subprocess.Popen[bytes] | None = None
+        authority = Authority.create(Directory(path).ca_dir, fleet="demo")
+        authority.issue_servers(["127.0.0.1", "localhost"])
+        authority.save_crl([])
+        return cls(Directory(path), settings)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
 
     def start(self) -> None:
         try:
@@ -115,16 +132,6 @@ class Proxy:
             ca=self.directory.ca_path.read_bytes(),
             tuf_root=b'{"signed": {}}',
         )
-
-
-@contextmanager
-def running_proxy(path: Path) -> Iterator[Proxy]:
-    proxy = Proxy(path)
-    proxy.start()
-    try:
-        yield proxy
-    finally:
-        proxy.stop()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from fl_server.authority import Authority
 from fl_server.config import ProxySettings, SuperLinkSettings
 from fl_server.rounds.flower import Session, list_nodes, unregister_nodes, unregister_others
 from models.tensors.uplink import encode_update
-from tests.simulators.nginx import Proxy, running_proxy
+from tests.simulators.nginx import Proxy
 from tests.simulators.superlink import SuperLink, wait_until
 
 ORDER = json.dumps({"payload": json.dumps({"round": 1})}).encode()
@@ -26,7 +26,7 @@ PULL = "/v1/fleet/pull-messages"
 
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory):
-    with running_proxy(tmp_path_factory.mktemp("proxy") / "federation") as proxy:
+    with Proxy.create(tmp_path_factory.mktemp("proxy") / "federation") as proxy:
         yield proxy
 
 
@@ -179,7 +179,7 @@ def test_node_whose_key_no_member_has_any_more_is_none(superlink):
 
 
 def test_proxy_that_only_this_machine_dials_listens_on_the_loopback_and_another_everywhere(tmp_path):
-    proxy = Proxy(tmp_path / "federation")
+    proxy = Proxy.create(tmp_path / "federation")
     text = (proxy.directory.proxy_dir / "nginx.conf").read_text()
     assert re.findall(r"listen (\S+) ssl", text) == [
         f"127.0.0.1:{port}" for port in (proxy.settings.proxy.port, proxy.settings.proxy.enrolment_port)
