@@ -31,6 +31,7 @@ from edge_agent.lock import holding_lock
 from edge_agent.model_server import ModelServer
 from edge_agent.monitor.telemetry import read_rss_mb
 from edge_agent.owner import OwnerStatus, load_privacy_report
+from edge_agent.renewal import keep_renewed
 from edge_agent.reporter import Reporter
 from edge_agent.samples.sensor import SensorFeed
 from edge_agent.updates.challenger_slot import Challenger
@@ -61,15 +62,15 @@ def run_agent(settings: AgentSettings) -> None:
     """
     forbid_core_dumps()
     try:
-        root = settings.tuf_root_path.read_bytes()
-        settings.state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"{error.filename}: {error.strerror}") from error
-    try:
         if settings.broker_identity is not None:
             settings.broker_identity.build_context()
     except OSError as error:
         raise SettingsError(f"[identity] {error}") from error
+    try:
+        root = settings.tuf_root_path.read_bytes()
+        settings.state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{error.filename}: {error.strerror}") from error
     with holding_lock(settings.state_dir):
         sockets = bind_sockets(settings.http.host, settings.http.port, settings.uds_path)
         try:
@@ -131,6 +132,7 @@ class Agent:
             ("retention", self._start_retention),
             ("sensor", self._start_sensor),
             ("link", self._start_link),
+            ("renewal", self._start_renewal),
             ("updates", self._start_updates),
             ("training", self._prepare_training),
             ("telemetry", self._start_telemetry),
@@ -180,6 +182,9 @@ class Agent:
 
     async def _start_link(self, stack: contextlib.AsyncExitStack) -> None:
         _start_task(stack, self._link.run())
+
+    async def _start_renewal(self, stack: contextlib.AsyncExitStack) -> None:
+        _start_task(stack, keep_renewed(self._settings))
 
     async def _start_updates(self, stack: contextlib.AsyncExitStack) -> None:
         stack.push_async_callback(self._updater.close)

@@ -3,7 +3,6 @@
 Made by the same commands an operator types; everything lies below one folder.
 """
 
-import os
 import sys
 import tempfile
 import time
