@@ -31,7 +31,6 @@ from edge_agent.lock import holding_lock
 from edge_agent.model_server import ModelServer
 from edge_agent.monitor.telemetry import read_rss_mb
 from edge_agent.owner import OwnerStatus, load_privacy_report
-from edge_agent.renewal import keep_renewed
 from edge_agent.reporter import Reporter
 from edge_agent.samples.sensor import SensorFeed
 from edge_agent.updates.challenger_slot import Challenger
@@ -132,7 +131,6 @@ class Agent:
             ("retention", self._start_retention),
             ("sensor", self._start_sensor),
             ("link", self._start_link),
-            ("renewal", self._start_renewal),
             ("updates", self._start_updates),
             ("training", self._prepare_training),
             ("telemetry", self._start_telemetry),
@@ -182,9 +180,6 @@ class Agent:
 
     async def _start_link(self, stack: contextlib.AsyncExitStack) -> None:
         _start_task(stack, self._link.run())
-
-    async def _start_renewal(self, stack: contextlib.AsyncExitStack) -> None:
-        _start_task(stack, keep_renewed(self._settings))
 
     async def _start_updates(self, stack: contextlib.AsyncExitStack) -> None:
         stack.push_async_callback(self._updater.close)

@@ -3,7 +3,6 @@
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from fl_server.fleet.roster import Roster, RosterError
 from models.contract.files import sync_directory
 from models.contract.topics import check_name
 
-CERTIFICATES_MAX = 8  # of one device at a time; an answer that is lost on the way costs one
 _CONFIG = """\
 # Configuration of one device: edge-agent run --config edge-agent.toml
 # EDGE_AGENT_SECTION__KEY in the environment overrides a key; paths are relative to this file.
@@ -125,12 +123,9 @@ def renew_device(roster: Roster, authority: Authority, device_id: str, request: 
         request: PKCS #10 in PEM; only its key counts, and it may be the same key again.
 
     Raises:
-        RosterError: No such member: it was revoked, or never enrolled; or it has so many already that it plays.
+        RosterError: No such member: it was revoked, or never enrolled.
         AuthorityError: The request cannot be used.
     """
-    valid = [item for item in roster.list_certificates(device_id) if item.not_after > time.time()]
-    if len(valid) >= CERTIFICATES_MAX:
-        raise RosterError(f"device {device_id!r} has {len(valid)} certificates that are valid; no more are issued")
     certificate = authority.issue_from_request(device_id, request)
     save_certificate(roster, device_id, certificate)
     return encode(certificate)

@@ -16,7 +16,7 @@ from cryptography.x509.oid import NameOID
 from edge_agent.config import load_agent_settings
 from fl_server.authority import Authority, AuthorityError
 from fl_server.errors import UsageError
-from fl_server.fleet.enrolment import CERTIFICATES_MAX, Federation, enroll_device, renew_device
+from fl_server.fleet.enrolment import Federation, enroll_device, renew_device
 from fl_server.fleet.roster import Roster, RosterError
 
 FEDERATION = Federation(
@@ -101,15 +101,6 @@ def test_revoked_device_gets_no_certificate_and_all_that_it_has_are_listed(roste
     with pytest.raises(RosterError, match="not enrolled"):
         renew_device(roster, authority, "device-1", request)
     assert len(roster.list_revoked_certificates()) == 2
-
-
-def test_device_that_asks_without_end_gets_no_more(roster, authority, tmp_path):
-    enroll_device(roster, authority, FEDERATION, device_id="device-1", model="digits", out_dir=tmp_path / "bundle")
-    request = build_request(ec.generate_private_key(ec.SECP256R1()), "device-1")
-    for _ in range(CERTIFICATES_MAX - 1):
-        renew_device(roster, authority, "device-1", request)
-    with pytest.raises(RosterError, match="no more are issued"):
-        renew_device(roster, authority, "device-1", request)
 
 
 @pytest.mark.parametrize(
