@@ -111,7 +111,7 @@ def test_telemetry_keeps_the_last_value(roster):
 
 
 def test_device_that_asks_for_certificates_without_end_gets_no_more(roster):
-    enroll(roster)
+    enroll(roster, "device-1")
     ends = time.time() + 3600
     for serial in range(CERTIFICATES_MAX):
         roster.save_certificate("device-1", serial, ends)
