@@ -62,15 +62,15 @@ def run_agent(settings: AgentSettings) -> None:
     """
     forbid_core_dumps()
     try:
-        root = settings.tuf_root_path.read_bytes()
-        settings.state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"{error.filename}: {error.strerror}") from error
-    try:
         if settings.broker_identity is not None:
             settings.broker_identity.build_context()
     except OSError as error:
         raise SettingsError(f"[identity] {error}") from error
+    try:
+        root = settings.tuf_root_path.read_bytes()
+        settings.state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{error.filename}: {error.strerror}") from error
     with holding_lock(settings.state_dir):
         sockets = bind_sockets(settings.http.host, settings.http.port, settings.uds_path)
         try:

@@ -18,6 +18,7 @@ from models.contract.encoding import build_json, parse_json
 from models.contract.ledger import SPENT_MAX, LedgerHead, Spent, add_up, take_larger
 from models.contract.messages import Event, Status, Telemetry
 
+CERTIFICATES_MAX = 32  # of one device at a time; it needs two a year, and one for each answer that got lost
 EVENTS_KEPT = 1000  # of each device; older ones go
 
 _SCHEMA = """
@@ -234,8 +235,12 @@ class Roster:
         """Keep that the certificate was issued to the device, which may have several until the older ones end.
 
         Raises:
-            RosterError: No such member.
+            RosterError: No such member, or it has so many that the list of revoked ones would grow for no reason.
         """
+        query = "SELECT count(*) FROM certificates WHERE device_id = ? AND not_after > ?"
+        (valid,) = self._database.execute(query, (device_id, time.time())).fetchone()
+        if valid >= CERTIFICATES_MAX:
+            raise RosterError(f"device {device_id!r} has {valid} certificates that are valid; no more are issued")
         added = self._database.execute(
             "INSERT INTO certificates (serial, device_id, not_after) "
             "SELECT ?, device_id, ? FROM devices WHERE device_id = ? AND revoked_at IS NULL",

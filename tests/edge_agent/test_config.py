@@ -104,6 +104,7 @@ def test_bad_settings_are_named(tmp_path: Path, text: str, named: str) -> None:
         (GOOD + "unknown = 1\n", "unknown"),
         (GOOD + "[http]\nport = 'x'\n", "port"),
         (GOOD, "root.json"),
+        (GOOD + "[identity]\nca_path = 'ca.pem'\ncert_path = 'device.pem'\nkey_path = 'device.key'\n", "ca.pem"),
     ],
 )
 def test_command_ends_with_2_and_one_line(tmp_path: Path, text: str | None, named: str) -> None:
