@@ -7,6 +7,7 @@ jobs        what operators ask for, one at a time
 revoked     shut out of the broker, and of every server that reads the list of revoked certificates
 metadata    what is signed, signed again before it expires, and published if the broker lacks it
 enrolment   what devices ask for through the proxy: their first certificate, and the next
+watchdog    tells systemd, where it started this service, that the loop turns
 """
 
 import asyncio
@@ -40,6 +41,7 @@ from models.contract.encoding import build_json
 from models.contract.errors import ContractError
 from models.contract.identity import Identity
 from models.contract.messages import Ack, Event, Status, Telemetry
+from models.contract.service import READY, STOPPING, feed_watchdog, notify
 from models.contract.settings import SettingsError
 from models.contract.topics import Channel, build_device_topic
 
@@ -83,8 +85,13 @@ async def _serve(
 ) -> None:
     loop, main = asyncio.get_running_loop(), asyncio.current_task()
     assert main is not None
+
+    def end() -> None:
+        notify(STOPPING)
+        main.cancel()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, main.cancel)
+        loop.add_signal_handler(number, end)
     broker = settings.broker
     async with Link(host=broker.host, port=broker.port, fleet=settings.fleet, identity=identity) as link:
         coordinator = Coordinator(settings, directory, roster, jobs, link)
@@ -138,6 +145,7 @@ class Coordinator:
             "revoked": self._lockout.keep_out,
             "metadata": self._keep_published,
             **({"enrolment": self._take_enrolments} if self._settings.proxy.used else {}),
+            "watchdog": feed_watchdog,
         }
 
     async def _take_enrolments(self) -> None:
@@ -155,6 +163,8 @@ class Coordinator:
                 members = [device for device in self._roster.list_devices() if device.revoked_at is None]
                 if is_first or any(device.node_id is None for device in members):
                     await self._superlink.register_devices()
+                    if is_first:
+                        notify(READY)  # the SuperLink answers, and the other steps have begun
                     is_first = False
                 await self._superlink.unregister_revoked()
             except (RunError, sqlite3.Error) as error:
