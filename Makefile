@@ -17,7 +17,7 @@ MINUTES ?= 30
 demo: $(VENV)/.server $(VENV)/.broker
 	$(BIN)/fl-server demo --devices $(DEVICES) --rounds $(ROUNDS) --epsilon $(EPSILON) --out $(OUT)
 
-test: $(VENV)/.dev $(VENV)/.broker
+test: $(VENV)/.dev $(VENV)/.broker $(VENV)/.proxy
 	$(BIN)/pytest
 
 check: $(VENV)/.dev
@@ -28,7 +28,7 @@ check: $(VENV)/.dev
 	$(BIN)/deptry .
 	$(BIN)/codespell
 
-bench: $(VENV)/.dev $(VENV)/.broker
+bench: $(VENV)/.dev $(VENV)/.broker $(VENV)/.proxy
 	$(BIN)/python -m tests.bench --out bench.json
 
 soak: $(VENV)/.dev $(VENV)/.broker
@@ -53,6 +53,9 @@ $(VENV)/.dev: pyproject.toml deploy/constraints.txt | $(BIN)/python
 	@$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.server
 
-$(VENV)/.broker: deploy/broker/get-mosquitto.sh | $(BIN)/python
+$(VENV)/.broker: deploy/broker/get-mosquitto.sh deploy/unpack-program.sh | $(BIN)/python
 	@sh deploy/broker/get-mosquitto.sh $(VENV)/mosquitto
 	@touch $@
+
+$(VENV)/.proxy: deploy/server/get-nginx.sh deploy/unpack-program.sh | $(BIN)/python
+	@if sh deploy/server/get-nginx.sh $(VENV)/nginx; then touch $@; else echo "no nginx: what needs it is skipped"; fi

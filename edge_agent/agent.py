@@ -31,6 +31,7 @@ from edge_agent.lock import holding_lock
 from edge_agent.model_server import ModelServer
 from edge_agent.monitor.telemetry import read_rss_mb
 from edge_agent.owner import OwnerStatus, load_privacy_report
+from edge_agent.renewal import keep_renewed
 from edge_agent.reporter import Reporter
 from edge_agent.samples.sensor import SensorFeed
 from edge_agent.traits import find_traits
@@ -66,6 +67,11 @@ def run_agent(settings: AgentSettings) -> None:
         AgentError: The agent cannot go on.
     """
     forbid_core_dumps()
+    try:
+        if settings.broker_identity is not None:
+            settings.broker_identity.build_context()
+    except OSError as error:
+        raise SettingsError(f"[identity] {error}") from error
     try:
         root = settings.tuf_root_path.read_bytes()
         settings.state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -141,6 +147,7 @@ class Agent:
             ("retention", self._start_retention),
             ("sensor", self._start_sensor),
             ("link", self._start_link),
+            ("renewal", self._start_renewal),
             ("updates", self._start_updates),
             ("training", self._prepare_training),
             ("telemetry", self._start_telemetry),
@@ -195,6 +202,10 @@ class Agent:
 
     async def _start_link(self, stack: contextlib.AsyncExitStack) -> None:
         _start_task(stack, self._link.run())
+
+    async def _start_renewal(self, stack: contextlib.AsyncExitStack) -> None:
+        if self._settings.renewal is not None and self._settings.identity is not None:
+            _start_task(stack, keep_renewed(self._settings.identity, self._settings.renewal.server))
 
     async def _start_updates(self, stack: contextlib.AsyncExitStack) -> None:
         stack.push_async_callback(self._updater.close)
@@ -324,6 +335,7 @@ class Agent:
             client_id=settings.device_id,
             keepalive_s=settings.broker.keepalive_s,
             subscriptions=tuple(filter(None, (self._offer_topic, self._command_topic, self._ack_topic, sensor))),
+            identity=settings.broker_identity,
         )
 
     def _describe_updates(self) -> UpdaterSettings:

@@ -4,7 +4,9 @@ superlink   Flower's SuperLink as a child, started again whenever it ends
 nodes       enrolled devices become nodes of the SuperLink, revoked ones are none any more
 messages    what the fleet says, onto the roster; retained state again after a reconnect
 jobs        what operators ask for, one at a time
+revoked     shut out of the broker, and of every server that reads the list of revoked certificates
 metadata    what is signed, signed again before it expires, and published if the broker lacks it
+enrolment   what devices ask for through the proxy: their first certificate, and the next
 watchdog    tells systemd, where it started this service, that the loop turns
 """
 
@@ -15,12 +17,17 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 
 from fl_server.announcer import Announcer
+from fl_server.authority import Authority
 from fl_server.config import ServerSettings
+from fl_server.console.http import answering
 from fl_server.directory import Directory
+from fl_server.enrolment_desk import EnrolmentDesk, build_server_context, load_federation
 from fl_server.errors import RunError, ServerError
+from fl_server.fleet.lockout import Lockout
 from fl_server.fleet.mqtt import Connected, Disconnected, FromDevice, Link, LinkError
 from fl_server.fleet.roster import Roster, RosterError
 from fl_server.jobs import Job, Jobs, JobState, PromoteRequest, ReleaseRequest, WithdrawRequest
@@ -33,8 +40,10 @@ from fl_server.superlink import SuperLink, check_port_free
 from fl_server.training_run import RunResult, Services, TrainingRun
 from models.contract.encoding import build_json
 from models.contract.errors import ContractError
+from models.contract.identity import Identity
 from models.contract.messages import Ack, Event, Status, Telemetry
 from models.contract.service import READY, STOPPING, feed_watchdog, notify
+from models.contract.settings import SettingsError
 from models.contract.topics import Channel, build_device_topic
 
 logger = logging.getLogger(__name__)
@@ -49,18 +58,32 @@ def run(settings: ServerSettings, directory: Directory) -> None:
     """Run until SIGTERM or SIGINT; its children end with it.
 
     Raises:
+        SettingsError: A certificate that it needs cannot be used.
         ServerError: It cannot start, or a step failed for good.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request otherwise
     logging.getLogger("absl").setLevel(logging.ERROR)  # dp-accounting tells each RDP order that it leaves out
     with Roster(directory.database_path) as roster, Jobs(directory.database_path) as jobs:
+        identity = _load_identity(settings, directory)
         check_port_free(settings.superlink)
         recover_spent(roster, directory.runs_dir)
-        asyncio.run(_serve(settings, directory, roster, jobs))
+        asyncio.run(_serve(settings, directory, roster, jobs, identity))
 
 
-async def _serve(settings: ServerSettings, directory: Directory, roster: Roster, jobs: Jobs) -> None:
+def _load_identity(settings: ServerSettings, directory: Directory) -> Identity | None:
+    identity = directory.describe_coordinator(settings.broker)
+    try:
+        if identity is not None:
+            identity.build_context()
+    except OSError as error:
+        raise SettingsError(f"broker.tls: {error}") from error
+    return identity
+
+
+async def _serve(
+    settings: ServerSettings, directory: Directory, roster: Roster, jobs: Jobs, identity: Identity | None
+) -> None:
     loop, main = asyncio.get_running_loop(), asyncio.current_task()
     assert main is not None
 
@@ -70,7 +93,8 @@ async def _serve(settings: ServerSettings, directory: Directory, roster: Roster,
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
-    async with Link(host=settings.broker.host, port=settings.broker.port, fleet=settings.fleet) as link:
+    broker = settings.broker
+    async with Link(host=broker.host, port=broker.port, fleet=settings.fleet, identity=identity) as link:
         coordinator = Coordinator(settings, directory, roster, jobs, link)
         try:
             async with asyncio.TaskGroup() as steps:
@@ -89,6 +113,15 @@ class Coordinator:
     def __init__(self, settings: ServerSettings, directory: Directory, roster: Roster, jobs: Jobs, link: Link) -> None:
         self._settings, self._roster, self._jobs, self._link = settings, roster, jobs, link
         self._superlink = SuperLink(settings.superlink, directory, roster)
+        self._directory, authority = directory, Authority(directory.ca_dir)
+        self._desk = EnrolmentDesk(roster, authority, partial(load_federation, settings, directory))
+        self._lockout = Lockout(
+            settings.broker,
+            roster,
+            authority,
+            servers=directory.pid_paths,
+            ca_path=settings.broker.ca_path or directory.ca_path,
+        )
         self._releases = Releases(settings, directory, link.publish)
         orders = Orders(fleet=settings.fleet, key=load_key(directory.order_key_path))
         self._announcer = Announcer(
@@ -112,9 +145,19 @@ class Coordinator:
             "nodes": self._keep_registered,
             "messages": self._listen,
             "jobs": self._work,
+            "revoked": self._lockout.keep_out,
             "metadata": self._keep_published,
+            **({"enrolment": self._take_enrolments} if self._settings.proxy.used else {}),
             "watchdog": feed_watchdog,
         }
+
+    async def _take_enrolments(self) -> None:
+        port = self._settings.proxy.coordinator_port
+        try:
+            async with answering(port, build_server_context(self._directory), self._desk.decide):
+                await asyncio.Event().wait()
+        except OSError as error:
+            raise ServerError(f"proxy.coordinator_port: cannot listen on 127.0.0.1:{port}: {error.strerror}") from error
 
     async def _keep_registered(self) -> None:
         is_first = True  # the SuperLink's database may be a new one

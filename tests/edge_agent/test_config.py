@@ -84,7 +84,10 @@ def test_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         (GOOD + "[samples]\nconsent = true\nmqtt_topic = 'fl/v1/f/offer'\n", "samples.mqtt_topic"),
         (GOOD + "[samples]\nconsent = true\nmqtt_topic = 'a'\n[broker]\nhost = 'b.example'\n", "cross a network"),
         (GOOD + "[federation]\nsuperlink = 'x'\nca_path = 'c'\nnode_key_path = 'k'\n", "federation.superlink"),
-        (GOOD + "[federation]\nsuperlink = 'x:1'\n", "ca_path"),
+        (GOOD + "[federation]\nsuperlink = 'x:1'\n", "node_key_path"),
+        (GOOD + "[federation]\nsuperlink = 'x:1'\nnode_key_path = 'k'\n", "needs a section .identity."),
+        (GOOD + "[broker]\ntls = true\n", "broker.tls needs a section .identity."),
+        (GOOD + "[broker]\nhost = 'b.example'\n", "broker.host"),
         (GOOD.replace('"d"', '"a/b"'), "device_id"),
         (GOOD.replace('"d"', "7"), "device_id"),
         ("device_id = ", "edge-agent.toml"),
@@ -103,6 +106,7 @@ def test_bad_settings_are_named(tmp_path: Path, text: str, named: str) -> None:
         (GOOD + "unknown = 1\n", "unknown"),
         (GOOD + "[http]\nport = 'x'\n", "port"),
         (GOOD, "root.json"),
+        (GOOD + "[identity]\nca_path = 'ca.pem'\ncert_path = 'device.pem'\nkey_path = 'device.key'\n", "ca.pem"),
     ],
 )
 def test_command_ends_with_2_and_one_line(tmp_path: Path, text: str | type[Path] | None, named: str) -> None:
