@@ -36,7 +36,7 @@ from models.contract.manifest import (
 )
 from models.contract.offer import build_offer
 from models.contract.privacy import PrivacyStatement
-from models.contract.terms import Role, Split
+from models.contract.terms import ReleaseTerms, Role, Split
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +170,8 @@ class Releases:
                 released = find_released(registry, model)
                 sound = {alias: version for alias, version in released.items() if _is_sound(version)}
                 manifests = {alias: version.load_manifest_bytes() for alias, version in sound.items()}
-                split = _load_split(registry, sound.get("challenger"))
-                self._repository.set_release(model, manifests, now=now, split=split, kept=released.keys() - sound)
+                terms = {alias: _load_terms(registry, alias, version) for alias, version in sound.items()}
+                self._repository.set_release(model, manifests, now=now, terms=terms, kept=released.keys() - sound)
                 for version in sound.values():
                     blobs |= list_blobs(version.directory)
                 is_whole = is_whole and sound == released
@@ -216,11 +216,10 @@ def _is_sound(version: ModelVersion) -> bool:
     return True
 
 
-def _load_split(registry: Registry, challenger: ModelVersion | None) -> Split | None:
-    if challenger is None:
-        return None
-    tags = registry.get_model_version_tags(challenger.model, challenger.version)
-    return parse_json(tags[SPLIT_TAG].encode(), Split)
+def _load_terms(registry: Registry, alias: Role, version: ModelVersion) -> ReleaseTerms:
+    tags = registry.get_model_version_tags(version.model, version.version)
+    split = parse_json(tags[SPLIT_TAG].encode(), Split) if alias == "challenger" else None
+    return ReleaseTerms(role=alias, version=version.version, split=split)
 
 
 def _check_comparable(challenger: ModelManifest, champion: ModelVersion) -> None:
