@@ -33,6 +33,7 @@ from edge_agent.monitor.telemetry import read_rss_mb
 from edge_agent.owner import OwnerStatus, load_privacy_report
 from edge_agent.reporter import Reporter
 from edge_agent.samples.sensor import SensorFeed
+from edge_agent.traits import find_traits
 from edge_agent.updates.challenger_slot import Challenger
 from edge_agent.updates.installer import Updater
 from edge_agent.updates.settings import UpdaterSettings
@@ -80,6 +81,7 @@ class Agent:
 
     def __init__(self, settings: AgentSettings, root: bytes, sockets: Sequence[socket.socket]) -> None:
         self._settings = settings
+        self._traits = find_traits(settings.region)
         self._sockets = sockets
         self._token = load_token(settings.state_dir / TOKEN_NAME)
         self._server = ModelServer(settings.model, load_again=self._load_again if settings.serving.repository else None)
@@ -105,7 +107,7 @@ class Agent:
             serve_challenger=None if settings.serving.challenger is not None else self._serve_challenger,
             on_event=lambda kind, message, version: self._reporter.tell(kind, message, version=version),
         )
-        self._reporter = Reporter(settings, __version__, link=self._link, updater=self._updater, server=self._server)
+        self._reporter = Reporter(settings, self._traits, link=self._link, updater=self._updater, server=self._server)
         self._offers = OfferWatch(self._updater.handle_offer)
         self._training = TrainingDesk(
             settings,
@@ -304,6 +306,8 @@ class Agent:
         return UpdaterSettings(
             fleet=settings.fleet,
             model=settings.model,
+            device_id=settings.device_id,
+            traits=self._traits,
             state_dir=settings.state_dir,
             trains=settings.federation is not None,
             deadline_s=settings.updates.deadline_s,

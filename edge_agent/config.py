@@ -256,6 +256,7 @@ class AgentSettings:
         tuf_root_path: The root of trust that enrolment put there.
         grpc: None for a device that answers over HTTP only.
         federation: None for a device that only serves.
+        region: Which releases may ask for; "" for none.
     """
 
     device_id: str
@@ -263,6 +264,7 @@ class AgentSettings:
     model: str
     state_dir: Path
     tuf_root_path: Path
+    region: str = ""
     http: HttpSettings = field(default_factory=HttpSettings)
     grpc: GrpcSettings | None = None
     broker: BrokerSettings = field(default_factory=BrokerSettings)
@@ -282,6 +284,8 @@ class AgentSettings:
         check_name(self.device_id, "device_id")
         check_name(self.fleet, "fleet")
         check_name(self.model, "model")
+        if self.region:
+            check_name(self.region, "region")
 
     @property
     def uds_path(self) -> Path:

@@ -11,6 +11,8 @@ from typing import TypeAlias
 
 from edge_agent.errors import StalledError, TransientError
 from edge_agent.updates.blobs import BlobStore
+from edge_agent.updates.following import check_manifest
+from edge_agent.updates.settings import UpdaterSettings
 from edge_agent.updates.slots import Slots
 from models.contract.manifest import (
     GRAPH_NAMES,
@@ -45,22 +47,22 @@ def list_needed(manifest: ModelManifest, *, trains: bool) -> list[str]:
 class Downloader:
     """Fetches what no slot has of a version."""
 
-    def __init__(self, *, model: str, trains: bool, blobs: BlobStore, slots: Slots, on_event: OnEvent) -> None:
-        self._model, self._trains, self._blobs, self._slots, self._on_event = model, trains, blobs, slots, on_event
+    def __init__(self, settings: UpdaterSettings, *, blobs: BlobStore, slots: Slots, on_event: OnEvent) -> None:
+        self._settings, self._blobs, self._slots, self._on_event = settings, blobs, slots, on_event
 
     async def fetch(self, release: FileEntry, find_target: FindTarget) -> bytes:
         """Return the manifest that `release` is, once every needed file is in a slot or in the blob store.
 
         Raises:
             TransientError: A file did not come whole.
-            StalledError: It is no version for this device, or a graph is not signed by the offline role.
+            UnfitError: It is no version for this device.
+            StalledError: A graph is not signed by the offline role.
             MalformedError: It is no manifest.
         """
         data = await self._fetch_manifest(release)
         manifest = parse_manifest(data)
-        if manifest.model != self._model:
-            raise StalledError(f"the release is a version of {manifest.model!r}, this device serves {self._model!r}")
-        needed = {name: manifest.files[name] for name in list_needed(manifest, trains=self._trains)}
+        check_manifest(manifest, model=self._settings.model, traits=self._settings.traits)
+        needed = {name: manifest.files[name] for name in list_needed(manifest, trains=self._settings.trains)}
         for name in needed.keys() & set(GRAPH_NAMES):
             if find_target(build_graph_target(needed[name].digest, name)) != needed[name]:
                 raise StalledError(f"{name} of version {manifest.version} is not signed by the offline role")

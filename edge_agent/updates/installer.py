@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from edge_agent.errors import AgentError, StalledError, TransientError
+from edge_agent.errors import AgentError, StalledError, TransientError, UnfitError
 from edge_agent.updates.blobs import BlobStore, RetainedReader
 from edge_agent.updates.challenger import ChallengerUpdater, ServeChallenger
 from edge_agent.updates.challenger_slot import ChallengerSlot
 from edge_agent.updates.download import Downloader, OnEvent, list_needed
+from edge_agent.updates.following import Release, choose_release, find_release
 from edge_agent.updates.machine import (
     Action,
     Activated,
@@ -28,26 +29,25 @@ from edge_agent.updates.machine import (
     UpdateState,
     advance,
 )
+from edge_agent.updates.order_key import update_order_key
 from edge_agent.updates.probation import Probation, TryVersion
 from edge_agent.updates.retry import Retry
 from edge_agent.updates.settings import UpdaterSettings
 from edge_agent.updates.slots import TRIES, Slots, Version
 from edge_agent.updates.targets import SignedTargets
-from models.contract.encoding import build_digest
 from models.contract.errors import ContractError
-from models.contract.files import save_atomically
-from models.contract.manifest import FileEntry, parse_manifest
+from models.contract.manifest import parse_manifest
 from models.contract.messages import EventKind
-from models.contract.offer import COORDINATOR_KEY_TARGET, build_release_target
 
 logger = logging.getLogger(__name__)
 
 OpenOffer: TypeAlias = Callable[[bytes], SignedTargets]
+_REFUSALS_MAX = 64  # remembered; then some are told again
 _Job: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class Updater:
-    """Keeps a device on its fleet's champion; used on one event loop."""
+    """Keeps a device on the release of its fleet that is for it; used on one event loop."""
 
     def __init__(
         self,
@@ -80,9 +80,7 @@ class Updater:
         self._probation = Probation(
             try_version=try_version, get_active=self.current, timeout_s=settings.trial_timeout_s
         )
-        self._downloader = Downloader(
-            model=settings.model, trains=settings.trains, blobs=self._blobs, slots=self._slots, on_event=self._report
-        )
+        self._downloader = Downloader(settings, blobs=self._blobs, slots=self._slots, on_event=self._report)
         self._challenger = ChallengerUpdater(
             ChallengerSlot(settings.state_dir / "slots"),
             settings,
@@ -93,6 +91,7 @@ class Updater:
         )
         self._state = self._load_state()
         self._considering = asyncio.Lock()
+        self._refusals: set[str] = set()  # told already: an offer comes again and again
         self._payload = b""  # the newest offer that was not refused: what a retry starts from
         self._deferred: tuple[str, _Job] | None = None  # digest, and what waits for the trial under way
         self._task: asyncio.Task[None] | None = None
@@ -128,14 +127,14 @@ class Updater:
         """
         self._retry.cancel()
         async with self._considering:
-            release = await self._open(payload)
-            job = None if release is None else await self._consider(release)
+            targets = await self._open(payload)
+            job = None if targets is None else await self._consider(targets)
             if job is not None:
                 self._task = asyncio.create_task(self._drain(job))
         if self._task is not None and not self._task.done():
             await asyncio.wait({self._task})
-        if release is not None:
-            await self._challenger.follow(release)
+        if targets is not None:
+            await self._challenger.follow(targets)
 
     async def close(self) -> None:
         """End what is under way; the next start goes on from what is on disk."""
@@ -146,7 +145,7 @@ class Updater:
     async def _open(self, payload: bytes) -> SignedTargets | None:
         """Return what a genuine offer signs."""
         try:
-            release = await asyncio.to_thread(self._open_offer, payload)
+            targets = await asyncio.to_thread(self._open_offer, payload)
         except (AgentError, OSError) as error:
             self._report(EventKind.FAILED, str(error))
             if isinstance(error, TransientError):
@@ -154,42 +153,49 @@ class Updater:
                 self._retry.later()
             return None
         self._payload = payload
-        return release
+        return targets
 
-    async def _consider(self, release: SignedTargets) -> _Job | None:
+    async def _consider(self, targets: SignedTargets) -> _Job | None:
         """Return what the offer gives to do now."""
-        try:
-            champion = release.find_target(build_release_target(self._settings.model, "champion"))
-        except AgentError as error:
-            self._report(EventKind.FAILED, str(error))
-            return None
-        await self._update_key(release)
+        await self._update_key(targets)
         self._deferred = None
-        if champion is None:
-            logger.info("the offer has no champion of %s", self._settings.model)
-            return None
-        job = partial(self._install, release, champion)
-        action = self._advance(Offered(champion.digest))
+        release = self._choose(targets)
+        action = self._advance(Offered(None if release is None else release.entry.digest))
         if action in (Action.FETCH, Action.ABANDON):
             await self._cancel_task()
-        if action is Action.DEFER:
-            self._deferred = (champion.digest, job)
+        job = None if release is None else partial(self._install, targets, release)
+        if action is Action.DEFER and release is not None and job is not None:
+            self._deferred = (release.entry.digest, job)
         if self._slots.trial is not None and (self._task is None or self._task.done()):
             return self._conclude  # its verdict could not be written the last time
         return job if action is Action.FETCH else None
 
-    async def _update_key(self, release: SignedTargets) -> None:
-        path = self.coordinator_key_path
+    def _choose(self, targets: SignedTargets) -> Release | None:
+        """Return the release to follow, None to stay with what runs."""
+        settings, active = self._settings, self._slots.active
         try:
-            entry = release.find_target(COORDINATOR_KEY_TARGET)
-            if entry is None or (path.exists() and build_digest(path.read_bytes()) == entry.digest):
-                return
-            async with asyncio.timeout(self._settings.deadline_s):
-                await self._keys.fetch(entry)
-            save_atomically(path, b"".join(self._keys.read(entry)))
-            self._keys.keep_only(())
+            return choose_release(
+                partial(find_release, targets, settings.model),
+                device_id=settings.device_id,
+                traits=settings.traits,
+                active=None if active is None else active.digest,
+            )
+        except (AgentError, ContractError) as error:
+            self._refuse(str(error), error.version if isinstance(error, UnfitError) else None)
+            return None
+
+    def _refuse(self, reason: str, version: int | None) -> None:
+        """Say once why a release is not followed."""
+        if reason not in self._refusals:
+            self._refusals = {*self._refusals, reason} if len(self._refusals) < _REFUSALS_MAX else {reason}
+            self._report(EventKind.FAILED, reason, version)
+
+    async def _update_key(self, targets: SignedTargets) -> None:
+        path, deadline_s = self.coordinator_key_path, self._settings.deadline_s
+        try:
+            await update_order_key(path, targets, blobs=self._keys, deadline_s=deadline_s)
         except (AgentError, OSError) as error:
-            self._report(EventKind.FAILED, f"coordinator key: {error or 'it did not come in time'}")
+            self._report(EventKind.FAILED, f"coordinator key: {error}")
             self._retry.later()
 
     async def _end_trial(self) -> None:
@@ -212,24 +218,30 @@ class Updater:
             self._give_up(f"the fetch was not complete within {self._settings.deadline_s:.0f} s", retry=True)
         except (TransientError, OSError) as error:
             self._give_up(str(error), retry=True)
+        except UnfitError as error:
+            self._refuse(str(error), error.version)
+            self._end_step()
         except (AgentError, ContractError) as error:
             self._give_up(str(error), retry=False)
 
     def _give_up(self, reason: str, *, retry: bool) -> None:
         self._report(EventKind.FAILED, reason)
+        self._end_step()
+        if retry:
+            self._retry.later()
+
+    def _end_step(self) -> None:
         if self._slots.trial is not None:  # its verdict could not be written: the disk says where we are
             self._state = self._load_state()
         elif self._state.target is not None:
             self._advance(Failed(self._state.target))
-        if retry:
-            self._retry.later()
 
-    async def _install(self, release: SignedTargets, champion: FileEntry) -> None:
+    async def _install(self, targets: SignedTargets, release: Release) -> None:
         if self._probation.is_hanging:
             raise TransientError("a version that hangs still holds the runtime")
         async with asyncio.timeout(self._settings.deadline_s):
-            data = await self._downloader.fetch(champion, release.find_target)
-        self._advance(Fetched(champion.digest))
+            data = await self._downloader.fetch(release.entry, targets.find_target)
+        self._advance(Fetched(release.entry.digest))
         manifest = parse_manifest(data)
         self._report(EventKind.UPDATING, "staging and trying", manifest.version)
         needed = list_needed(manifest, trains=self._settings.trains)

@@ -3,12 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.contract.wave import Traits
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdaterSettings:
     """What an updater is told.
 
     Attributes:
+        device_id: Decides whether this device is in a wave.
+        traits: What releases may ask of it.
         trains: Whether this device needs the graphs it trains with.
         deadline_s: For the fetch of one release, all of its files together.
         window: Chunks asked for at once.
@@ -19,6 +23,8 @@ class UpdaterSettings:
 
     fleet: str
     model: str
+    device_id: str
+    traits: Traits
     state_dir: Path
     trains: bool
     deadline_s: float = 120.0

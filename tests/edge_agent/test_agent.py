@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -100,6 +101,7 @@ def test_status_is_retained_and_the_will_tells_of_a_killed_device(
         device.kill()
         wait_until(lambda: not observer.documents("status")[-1]["online"], "the will")
         assert observer.documents("status")[-1]["version"] == 1
+        assert observer.documents("status")[-1]["traits"]["hardware"] == platform.machine()
         device.start()
         wait_until(lambda: observer.documents("status")[-1]["online"], "the device to be back")
     wait_until(lambda: not observer.documents("status")[-1]["online"], "the will of a device that was stopped")

@@ -14,7 +14,7 @@ from edge_agent.updates.installer import Updater
 from edge_agent.updates.settings import UpdaterSettings
 from fl_server.directory import Directory
 from fl_server.rollout.publisher import Publisher, list_blobs
-from fl_server.rollout.repository import ReleaseRepository
+from fl_server.rollout.repository import ReleaseRepository, _build_target
 from models.contract.encoding import build_digest
 from models.contract.manifest import (
     EVALUATE_NAME,
@@ -31,14 +31,16 @@ from models.contract.manifest import (
     parse_manifest,
 )
 from models.contract.messages import EventKind
-from models.contract.offer import build_offer
-from models.contract.terms import ReleaseTerms, Role, Split
+from models.contract.offer import ROLE_RELEASES, build_offer, build_release_target
+from models.contract.terms import ReleaseTerms, Role, Split, build_terms
 from models.contract.topics import build_offer_topic
+from models.contract.wave import Traits
 from models.tensors.layout import Layout
 from models.tensors.spec import TensorSpec
 from tests.simulators.broker_memory import MemoryBroker
 
-FLEET, MODEL = "demo", "digits"
+FLEET, MODEL, DEVICE = "demo", "digits", "device-1"
+TRAITS = Traits(hardware="x86_64", runtimes=("onnx",), agent="1.2.0", region="north")
 INFERENCE_NAME = "inference.onnx"
 BIG = bytes(range(256)) * 1000  # 250 KiB: four chunks
 
@@ -120,6 +122,19 @@ class ReleaseServer:
         self.repository.set_release(target_model, manifests, now=self.now, terms=build_challenge(challenger, split))
         return self.publish(*versions.values())
 
+    def release_with(self, terms: Mapping[Path, ReleaseTerms]) -> bytes:
+        """Sign these terms of each version and nothing else; publish all and return the offer."""
+        state = self.repository._store.load()
+        targets = state.targets[ROLE_RELEASES].targets
+        targets.clear()
+        for version, signed in terms.items():
+            self.sign_graphs(version)
+            entry = _describe((version / MANIFEST_NAME).read_bytes())
+            path = build_release_target(MODEL, signed.role or "champion")
+            targets[path] = _build_target(path, entry, build_terms(signed))
+        self.repository._issue(state, {ROLE_RELEASES}, self.now)
+        return self.publish(*terms)
+
     def publish(self, *versions: Path) -> bytes:
         offer = build_offer(self.repository.load_metadata())
         pem = self.repository.build_coordinator_pem()
@@ -151,7 +166,14 @@ class Device:
         self.path, self.events, self.tried = path, list[tuple[EventKind, str, int | None]](), list[bytes]()
         self.serving: bytes | None = None
         self.challenger: tuple[int, str] | None = None  # version and split, as served
-        defaults = {"fleet": FLEET, "model": MODEL, "trains": True, "retry_delay_s": 3600.0}
+        defaults = {
+            "fleet": FLEET,
+            "model": MODEL,
+            "device_id": DEVICE,
+            "traits": TRAITS,
+            "trains": True,
+            "retry_delay_s": 3600.0,
+        }
         self.updater = Updater(
             UpdaterSettings(state_dir=path, **(defaults | settings)),
             open_offer=partial(open_offer, root=root, trust_dir=path / "tuf"),
