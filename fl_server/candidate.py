@@ -14,7 +14,7 @@ from fl_server.config import ModelSettings, ServerSettings, resolve_definition
 from fl_server.directory import Directory
 from fl_server.errors import RunError, ServerError
 from fl_server.evaluation.evaluate import measure_quality
-from fl_server.evaluation.gate import GateRules, decide_promotion
+from fl_server.evaluation.gate import Decision, GateRules, decide_promotion
 from fl_server.evaluation.metrics import METRICS, MetricFunction
 from fl_server.held_out import load_held_out
 from fl_server.packaging.architecture import Architecture, load_architecture
@@ -74,13 +74,19 @@ class Candidates:
         lineage: Lineage,
         privacy: PrivacyStatement,
         scratch_dir: Path,
+        obstacle: str | None,
     ) -> Verdict:
-        """Make a version of `parameters` the champion if it beats the one before; as `Releases.consider`."""
+        """Make a version of `parameters` the champion if it beats the one before and there is no obstacle.
+
+        As `Releases.consider`.
+        """
         champion, architecture = self.load_champion(model)
         with Registry(self._directory.registry_dir) as registry:
             known = registry.search_model_versions(model, run=lineage.run, round=lineage.round)
             if known:  # registered, then the coordinator was killed
                 if champion.version < known[0].version:
+                    if obstacle is not None:
+                        return _build_verdict(known[0].load_manifest(), None, None, obstacle)
                     registry.set_registered_model_alias(model, "champion", known[0].version)
                 return _build_verdict(known[0].load_manifest(), known[0].version, None, "released before a restart")
             shutil.rmtree(scratch_dir, ignore_errors=True)
@@ -100,6 +106,8 @@ class Candidates:
             before = champion.load_manifest()
             assert manifest.quality is not None
             decision = decide_promotion(manifest.quality, before.quality, GateRules())
+            if obstacle is not None:
+                decision = Decision(promote=False, reason=obstacle)
             if decision.promote:
                 registry.create_model_version(scratch_dir)
                 registry.set_registered_model_alias(model, "champion", manifest.version)

@@ -23,7 +23,9 @@ from fl_server.fleet.mqtt import LinkError
 from fl_server.packaging.architecture import Architecture
 from fl_server.registry.registry import ModelVersion, Registry
 from fl_server.rollout.publisher import Publish, Publisher, list_blobs, load_blob
+from fl_server.rollout.records import RolloutRecords
 from fl_server.rollout.repository import ReleaseRepository
+from fl_server.rollout.waves import Rollout
 from models.contract.encoding import build_digest, build_json, parse_json
 from models.contract.errors import ContractError
 from models.contract.manifest import (
@@ -36,12 +38,14 @@ from models.contract.manifest import (
 )
 from models.contract.offer import build_offer
 from models.contract.privacy import PrivacyStatement
-from models.contract.terms import ReleaseTerms, Role, Split
+from models.contract.terms import ProbationRules, ReleaseTerms, Role, Split
+from models.contract.wave import Requirements
 
 logger = logging.getLogger(__name__)
 
 PUBLISH_ERRORS = (ServerError, ContractError, OSError, sqlite3.Error)  # that a later call may be spared
 SPLIT_TAG = "split"  # of a version in the registry: what it does as a challenger
+REQUIREMENTS_TAG = "requirements"  # what a device must be to have it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,28 +68,32 @@ class Releases:
             fleet=settings.fleet, record_path=directory.path / "published.json", publish=publish
         )
         self._publishing = asyncio.Lock()
+        self.changing = asyncio.Lock()  # held while it is decided what the aliases stand for
         self._expiring: tuple[str, ...] = ()  # roles whose keys are elsewhere, as last logged
 
     async def release_folder(self, version_dir: Path, split: Split | None = None) -> ModelVersion:
         """Make the version in `version_dir` the champion, or with a split the challenger; `publish` offers it.
 
         Raises:
-            ServerError: It cannot be registered, its graphs cannot be signed here, or there is no champion that it
-                can be compared with.
+            ServerError: It cannot be registered, its graphs cannot be signed here, there is no champion that it can
+                be compared with, or a rollout of the model is under way.
         """
-        return await asyncio.to_thread(self._register, version_dir, split)
+        async with self.changing:
+            return await asyncio.to_thread(self._release, version_dir, split)
 
-    def promote(self, model: str, version: int) -> ModelVersion:
+    async def promote(self, model: str, version: int) -> ModelVersion:
         """Make a registered version the champion; `publish` offers it.
 
         Raises:
-            ServerError: There is none, or a file of it was changed.
+            ServerError: There is none, a file of it was changed, or a rollout of the model is under way.
         """
-        with Registry(self._directory.registry_dir) as registry:
-            promoted = registry.get_model_version(model, version)
-            _check_files(promoted)
-            registry.set_registered_model_alias(model, "champion", version)
-            return promoted
+        async with self.changing:
+            with Registry(self._directory.registry_dir) as registry:
+                promoted = registry.get_model_version(model, version)
+                _check_files(promoted)
+                self._forget_rollout(model)
+                registry.set_registered_model_alias(model, "champion", version)
+                return promoted
 
     def withdraw(self, model: str, version: int) -> ModelVersion:
         """Let this version be the model's challenger no more; `publish` tells. Raises as `promote`."""
@@ -111,9 +119,16 @@ class Releases:
             privacy: What the version may claim.
             scratch_dir: Where the candidate is built; gone afterwards.
         """
-        verdict = await asyncio.to_thread(
-            self._candidates.consider, model, parameters, lineage=lineage, privacy=privacy, scratch_dir=scratch_dir
-        )
+        async with self.changing:
+            verdict = await asyncio.to_thread(
+                self._candidates.consider,
+                model,
+                parameters,
+                lineage=lineage,
+                privacy=privacy,
+                scratch_dir=scratch_dir,
+                obstacle=self._find_obstacle(model),
+            )
         try:
             await self.publish()
         except PUBLISH_ERRORS as error:  # the round is done, and the coordinator publishes again within a minute
@@ -147,30 +162,63 @@ class Releases:
         """
         return self._candidates.load_champion(model)
 
-    def _register(self, version_dir: Path, split: Split | None) -> ModelVersion:
+    def register(self, version_dir: Path) -> ModelVersion:
+        """Register the version in `version_dir` and sign its graphs; nobody is offered it. Raises ServerError."""
         with Registry(self._directory.registry_dir) as registry:
             version = registry.create_model_version(version_dir)
-            manifest = _check_files(version)
+        self._repository.sign_graphs(_list_graphs(_check_files(version)), now=datetime.now(UTC))
+        return version
+
+    def save_requirements(self, version: ModelVersion, requirements: Requirements) -> None:
+        """Keep what a device must be to have this version, as long as it is released."""
+        tag = build_json(requirements).decode()
+        with Registry(self._directory.registry_dir) as registry:
+            registry.set_model_version_tag(version.model, version.version, REQUIREMENTS_TAG, tag)
+
+    def _release(self, version_dir: Path, split: Split | None) -> ModelVersion:
+        version = self.register(version_dir)
+        with Registry(self._directory.registry_dir) as registry:
             if split is not None:
-                _check_comparable(manifest, registry.get_model_version_by_alias(version.model, "champion"))
+                champion = registry.get_model_version_by_alias(version.model, "champion")
+                _check_comparable(version.load_manifest(), champion)
+                if obstacle := self._find_obstacle(version.model):
+                    raise ServerError(obstacle)
                 tag = build_json(split).decode()
                 registry.set_model_version_tag(version.model, version.version, SPLIT_TAG, tag)
-            self._repository.sign_graphs(_list_graphs(manifest), now=datetime.now(UTC))
+            else:
+                self._forget_rollout(version.model)
             alias: Role = "champion" if split is None else "challenger"
+            self.save_requirements(version, Requirements())
             registry.set_registered_model_alias(version.model, alias, version.version)
         return version
+
+    def _forget_rollout(self, model: str) -> None:
+        """Forget a rollout that has ended; raises ServerError if it has not."""
+        if obstacle := self._find_obstacle(model):
+            raise ServerError(obstacle)
+        with RolloutRecords(self._directory.database_path) as records:
+            records.forget(model)
+
+    def _find_obstacle(self, model: str) -> str | None:
+        with RolloutRecords(self._directory.database_path) as records:
+            rollout = records.find(model)
+        return None if rollout is None else rollout.obstacle
 
     def _sign(self) -> tuple[bytes, dict[str, Path | bytes], bool]:
         """Sign what the registry calls champion; return the offer, the blobs it leads to, and whether these are all."""
         now, is_whole = datetime.now(UTC), True
         pem = self._repository.build_coordinator_pem()
         blobs: dict[str, Path | bytes] = {build_digest(pem): pem}
-        with Registry(self._directory.registry_dir) as registry:
+        with (
+            Registry(self._directory.registry_dir) as registry,
+            RolloutRecords(self._directory.database_path) as records,
+        ):
             for model in registry.search_registered_models():
                 released = find_released(registry, model)
                 sound = {alias: version for alias, version in released.items() if _is_sound(version)}
                 manifests = {alias: version.load_manifest_bytes() for alias, version in sound.items()}
-                terms = {alias: _load_terms(registry, alias, version) for alias, version in sound.items()}
+                rollout = records.find(model)  # after the aliases: one that begins or ends just now is for nobody new
+                terms = {alias: _load_terms(registry, alias, version, rollout) for alias, version in sound.items()}
                 self._repository.set_release(model, manifests, now=now, terms=terms, kept=released.keys() - sound)
                 for version in sound.values():
                     blobs |= list_blobs(version.directory)
@@ -216,10 +264,17 @@ def _is_sound(version: ModelVersion) -> bool:
     return True
 
 
-def _load_terms(registry: Registry, alias: Role, version: ModelVersion) -> ReleaseTerms:
+def _load_terms(registry: Registry, alias: Role, version: ModelVersion, rollout: Rollout | None) -> ReleaseTerms:
     tags = registry.get_model_version_tags(version.model, version.version)
-    split = parse_json(tags[SPLIT_TAG].encode(), Split) if alias == "challenger" else None
-    return ReleaseTerms(role=alias, version=version.version, split=split)
+    is_rolled_out = alias == "champion" and rollout is not None and rollout.version == version.version
+    return ReleaseTerms(
+        role=alias,
+        version=version.version,
+        split=parse_json(tags[SPLIT_TAG].encode(), Split) if alias == "challenger" else None,
+        requirements=parse_json(tags.get(REQUIREMENTS_TAG, "{}").encode(), Requirements),
+        wave=rollout.signed_wave if rollout is not None and is_rolled_out else None,
+        probation=rollout.plan.probation if rollout is not None and is_rolled_out else ProbationRules(),
+    )
 
 
 def _check_comparable(challenger: ModelManifest, champion: ModelVersion) -> None:

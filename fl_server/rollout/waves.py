@@ -88,8 +88,18 @@ class Rollout:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether no other version may be released meanwhile."""
+        """Whether it has not come to its end."""
         return self.phase in (Phase.ROLLING, Phase.HALTED)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why nothing else can be released, in one line; None if it can."""
+        if not self.is_under_way:
+            return None
+        return (
+            f"{self} is {self.phase} at {self.percentage:.4g} %: let it come to its end (fl-server rollout status "
+            f"{self.model}), or end it with fl-server rollback {self.model}"
+        )
 
     @property
     def may_be_approved(self) -> bool:
