@@ -158,9 +158,16 @@ class ServingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TelemetrySettings:
-    """How often the device reports measurements of itself."""
+    """How the device reports measurements of itself.
+
+    Attributes:
+        interval_s: Between two reports.
+        share_quality: Whether the fleet may know in numbers why a version did not pass its probation on this device's
+            own requests.
+    """
 
     interval_s: float = 60.0
+    share_quality: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.interval_s <= 86_400:

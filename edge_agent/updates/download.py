@@ -15,6 +15,7 @@ from edge_agent.updates.following import check_manifest
 from edge_agent.updates.settings import UpdaterSettings
 from edge_agent.updates.slots import Slots
 from models.contract.manifest import (
+    GOLDEN_NAME,
     GRAPH_NAMES,
     MANIFEST_NAME,
     WEIGHTS_NAME,
@@ -41,7 +42,8 @@ class _Shortcut:
 def list_needed(manifest: ModelManifest, *, trains: bool) -> list[str]:
     """Return the names of the files a device needs, with or without those it trains with."""
     graphs = manifest.training.graph_names if trains and manifest.training is not None else ()
-    return [*manifest.serving_names, *graphs]
+    golden = () if manifest.golden is None else (GOLDEN_NAME,)
+    return [*manifest.serving_names, *graphs, *golden]
 
 
 class Downloader:
@@ -62,7 +64,7 @@ class Downloader:
         data = await self._fetch_manifest(release)
         manifest = parse_manifest(data)
         check_manifest(manifest, model=self._settings.model, traits=self._settings.traits)
-        needed = {name: manifest.files[name] for name in list_needed(manifest, trains=self._settings.trains)}
+        needed = {name: manifest.all_files[name] for name in list_needed(manifest, trains=self._settings.trains)}
         for name in needed.keys() & set(GRAPH_NAMES):
             if find_target(build_graph_target(needed[name].digest, name)) != needed[name]:
                 raise StalledError(f"{name} of version {manifest.version} is not signed by the offline role")

@@ -15,8 +15,9 @@ from fl_server.errors import DefinitionError, UsageError
 from fl_server.inference import list_graph_files
 from fl_server.packaging.architecture import Architecture, check_parameters
 from fl_server.packaging.candidates import Exporter, build_candidates, run_graph
+from fl_server.packaging.golden import write_golden
 from fl_server.packaging.precision import BATCH, StrayingError, choose_precision, compute_deviation, measure_figures
-from fl_server.packaging.staging import staged_directory
+from fl_server.packaging.staging import describe_file, staged_directory
 from models.contract.encoding import build_digest
 from models.contract.manifest import (
     INFERENCE_NAMES,
@@ -34,6 +35,7 @@ from models.contract.manifest import (
     parse_manifest,
 )
 from models.contract.privacy import PrivacyStatement
+from models.definitions.definition import DEFAULT_LOGIT_TOLERANCE
 from models.tensors.delta import build_delta
 
 
@@ -115,6 +117,12 @@ def package_version(
         inputs, training = architecture.inputs, architecture.training
         if runtime == "tflite" and inputs[0].dtype == "int64":  # the converter narrows it
             inputs, training = (replace(inputs[0], dtype="int32"),), replace(training, input_dtype="int64")
+        golden = write_golden(
+            inference_path,
+            {name: calibration},
+            inputs=inputs,
+            tolerance=architecture.logit_tolerance or DEFAULT_LOGIT_TOLERANCE,
+        )
         manifest = ModelManifest(
             model=architecture.model,
             version=version,
@@ -125,6 +133,7 @@ def package_version(
             features=architecture.features,
             files=files,
             deltas=_write_deltas(staging, files, tools.running),
+            golden=golden,
             training=training,
             lineage=lineage,
             privacy=privacy,
@@ -189,8 +198,3 @@ def _check_arguments(
             f"{architecture.model}: calibration data is {calibration.dtype} of shape {calibration.shape}, "
             f"input {spec.name!r} is {spec.dtype} of shape {spec.shape}"
         )
-
-
-def describe_file(path: Path) -> FileEntry:
-    data = path.read_bytes()
-    return FileEntry(digest=build_digest(data), size_bytes=len(data))

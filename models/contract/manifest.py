@@ -18,6 +18,7 @@ INFERENCE_NAMES = {"onnx": "inference.onnx", "tflite": "inference.tflite"}
 TRAIN_STEP_NAME = "train_step.onnx"
 EVALUATE_NAME = "evaluate.onnx"
 PARAMETERS_NAME = "parameters.safetensors"
+GOLDEN_NAME = "golden.bin"
 WEIGHTS_NAME = "weights.bin"  # what a graph may have outside itself: its ONNX external data
 FILE_NAMES = frozenset({*INFERENCE_NAMES.values(), WEIGHTS_NAME, TRAIN_STEP_NAME, EVALUATE_NAME, PARAMETERS_NAME})
 GRAPH_NAMES = (TRAIN_STEP_NAME, EVALUATE_NAME)  # signed by the offline role: they hold the clipping
@@ -161,6 +162,7 @@ class ModelManifest:
         runtime: Which runtime opens the inference graph.
         files: By file name; a subset of `FILE_NAMES` that holds the runtime's inference graph.
         deltas: Ways to the weights from those that devices ran when the version was packaged.
+        golden: What devices must find its graph to answer, `GOLDEN_NAME`; None where packaging had no data.
         training: None for a version that is only served.
         features: How columns of raw rows become the input; none for a model that takes tensors only.
         measured: None for a graph made elsewhere, which is packaged as it is.
@@ -176,6 +178,7 @@ class ModelManifest:
     features: tuple[Feature, ...] = ()
     files: dict[str, FileEntry]
     deltas: tuple[Delta, ...] = ()
+    golden: FileEntry | None = None
     training: TrainingContract | None = None
     lineage: Lineage = field(default_factory=Lineage)
     privacy: PrivacyStatement | None = None
@@ -214,8 +217,9 @@ class ModelManifest:
 
     @property
     def all_files(self) -> dict[str, FileEntry]:
-        """By file name, `files` and the deltas."""
-        return self.files | {delta.name: delta.file for delta in self.deltas}
+        """By file name, `files`, the deltas and the golden samples."""
+        golden = {} if self.golden is None else {GOLDEN_NAME: self.golden}
+        return self.files | {delta.name: delta.file for delta in self.deltas} | golden
 
     @property
     def step_digest(self) -> str:
@@ -250,7 +254,7 @@ class ModelManifest:
 def build_manifest(manifest: ModelManifest) -> bytes:
     """Return the canonical bytes whose digest defines the version."""
     document: dict[str, Any] = msgspec.to_builtins(manifest)
-    for name in ("features", "deltas"):  # a version without what is newer is the same bytes as before
+    for name in ("features", "deltas", "golden"):  # a version without what is newer is the same bytes as before
         if not document[name]:
             del document[name]
     if manifest.training is not None and manifest.training.engine == "onnx":

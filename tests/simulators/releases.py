@@ -1,7 +1,7 @@
 """A coordinator's release path and a device's update path, joined by a broker in memory or by a real one."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -32,7 +32,7 @@ from models.contract.manifest import (
 )
 from models.contract.messages import EventKind
 from models.contract.offer import ROLE_RELEASES, build_offer, build_release_target
-from models.contract.terms import ReleaseTerms, Role, Split, build_terms
+from models.contract.terms import ProbationRules, ReleaseTerms, Role, Split, build_terms
 from models.contract.topics import build_offer_topic
 from models.contract.wave import Traits
 from models.tensors.layout import Layout
@@ -124,11 +124,12 @@ class ReleaseServer:
 
     def release_with(self, terms: Mapping[Path, ReleaseTerms]) -> bytes:
         """Sign these terms of each version and nothing else; publish all and return the offer."""
+        for version in terms:
+            self.sign_graphs(version)
         state = self.repository._store.load()
         targets = state.targets[ROLE_RELEASES].targets
         targets.clear()
         for version, signed in terms.items():
-            self.sign_graphs(version)
             entry = _describe((version / MANIFEST_NAME).read_bytes())
             path = build_release_target(MODEL, signed.role or "champion")
             targets[path] = _build_target(path, entry, build_terms(signed))
@@ -157,6 +158,19 @@ def _describe(data: bytes) -> FileEntry:
     return FileEntry(digest=build_digest(data), size_bytes=len(data))
 
 
+class Shadowed:
+    """A version in the shadow, of which a test says what it shows there."""
+
+    def __init__(self, directory: Path, on_failed: Callable[[], None]) -> None:
+        self.directory, self.fail, self.reason, self.is_open = directory, on_failed, "", True
+
+    def judge(self) -> str | None:
+        return self.reason or None
+
+    def close(self) -> None:
+        self.is_open = False
+
+
 class Device:
     """An updater whose model server only remembers which bytes it was told to answer with."""
 
@@ -166,6 +180,8 @@ class Device:
         self.path, self.events, self.tried = path, list[tuple[EventKind, str, int | None]](), list[bytes]()
         self.serving: bytes | None = None
         self.challenger: tuple[int, str] | None = None  # version and split, as served
+        self.checked: list[tuple[str, ProbationRules]] = []
+        self.shadowed: Shadowed | None = None
         defaults = {
             "fleet": FLEET,
             "model": MODEL,
@@ -178,10 +194,19 @@ class Device:
             UpdaterSettings(state_dir=path, **(defaults | settings)),
             open_offer=partial(open_offer, root=root, trust_dir=path / "tuf"),
             reader=broker,
+            check_version=self.check_version,
+            open_rehearsal=self.open_rehearsal,
             try_version=self.try_version,
             serve_challenger=None if owner_challenges else self.serve_challenger,
             on_event=lambda *event: self.events.append(event),
         )
+
+    def check_version(self, directory: Path, rules: ProbationRules) -> None:
+        self.checked.append((directory.name, rules))
+
+    def open_rehearsal(self, directory: Path, rules: ProbationRules, on_failed: Callable[[], None]) -> "Shadowed":
+        self.shadowed = Shadowed(directory, on_failed)
+        return self.shadowed
 
     def try_version(self, directory: Path, manifest: ModelManifest) -> None:
         self.serving = self._try(directory, manifest)
