@@ -30,6 +30,8 @@ from models.tensors.delta import apply_delta
 FindTarget: TypeAlias = Callable[[str], FileEntry | None]
 OnEvent: TypeAlias = Callable[[EventKind, str, int | None], None]
 
+_LONG_BYTES = 1024 * 1024
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shortcut:
@@ -95,27 +97,52 @@ class Downloader:
         self, missing: dict[str, FileEntry], shortcut: _Shortcut | None, release: FileEntry, version: int
     ) -> None:
         fetched = missing if shortcut is None else missing | {WEIGHTS_NAME: shortcut.delta}
-        what = f"{len(fetched)} files, {sum(entry.size_bytes for entry in fetched.values())} bytes"
-        self._on_event(EventKind.DOWNLOADING, what, version)
+        what, progress = self._announce(fetched, version)
         self._blobs.keep_only(entry.digest for entry in (release, *missing.values(), *fetched.values()))
         for name, entry in missing.items():
             if name == WEIGHTS_NAME and shortcut is not None:
                 try:
-                    await self._take_shortcut(shortcut, entry)
+                    await self._take_shortcut(shortcut, entry, progress)
                     continue
                 except (TransientError, OSError, ValueError) as error:
-                    what = f"{len(missing)} files, {sum(entry.size_bytes for entry in missing.values())} bytes"
-                    self._on_event(EventKind.DOWNLOADING, f"{what}, without the delta: {error}", version)
-            await self._blobs.fetch(entry)
+                    what, progress = self._announce(missing, version, f", without the delta: {error}")
+            await self._blobs.fetch(entry, progress.add)
         self._on_event(EventKind.DOWNLOADED, what, version)
         self._on_event(EventKind.VERIFIED, f"manifest {release.digest[:12]}… and its files", version)
 
-    async def _take_shortcut(self, shortcut: _Shortcut, weights: FileEntry) -> None:
+    def _announce(self, files: dict[str, FileEntry], version: int, why: str = "") -> tuple[str, "_Progress"]:
+        """Say what is about to be fetched; return it in words, and what counts it."""
+        total_bytes = sum(entry.size_bytes for entry in files.values())
+        what = f"{len(files)} files, {total_bytes} bytes"
+        self._on_event(EventKind.DOWNLOADING, f"{what}{why}", version)
+
+        def say(share: int) -> None:
+            self._on_event(EventKind.DOWNLOADING, f"{share} % of {what}", version)
+
+        return what, _Progress(total_bytes, say)
+
+    async def _take_shortcut(self, shortcut: _Shortcut, weights: FileEntry, progress: "_Progress") -> None:
         """Make `weights` of those in a slot; raises TransientError, OSError or ValueError if that fails."""
-        await self._blobs.fetch(shortcut.delta)
+        await self._blobs.fetch(shortcut.delta, progress.add)
         delta = b"".join(self._blobs.read(shortcut.delta))
         rebuilt = _rebuild(shortcut.base_path, delta, weights.size_bytes)
         await asyncio.to_thread(self._blobs.keep, weights, rebuilt)
+
+
+class _Progress:
+    """Says how much of a long download is here, at each quarter: a short one has come before anybody reads it."""
+
+    def __init__(self, total_bytes: int, say: Callable[[int], None]) -> None:
+        self._total_bytes, self._say = total_bytes, say
+        self._done_bytes = self._said = 0
+
+    def add(self, size_bytes: int) -> None:
+        """Count `size_bytes` more."""
+        self._done_bytes += size_bytes
+        quarters = min(4 * self._done_bytes // self._total_bytes, 3)  # of the last one DOWNLOADED tells
+        if quarters > self._said and self._total_bytes >= _LONG_BYTES:
+            self._said = quarters
+            self._say(25 * quarters)
 
 
 def _rebuild(base_path: Path, delta: bytes, size_bytes: int) -> Iterator[bytes]:

@@ -127,7 +127,9 @@ def test_round_that_moves_the_parameters_little_is_published_as_a_delta_to_the_c
     manifest = champion.load_manifest()
     (delta,) = manifest.deltas
     assert (champion.directory / delta.name).stat().st_size == delta.file.size_bytes
-    assert verdict.bytes_pushed == len(champion.load_manifest_bytes()) + delta.file.size_bytes
+    assert manifest.golden is not None
+    pushed = len(champion.load_manifest_bytes()) + delta.file.size_bytes + manifest.golden.size_bytes
+    assert verdict.bytes_pushed == pushed
 
     broker = Broker()
     assert asyncio.run(open_releases(federation, broker).publish(again=True))

@@ -53,6 +53,20 @@ def test_device_follows_the_champion_over_two_versions_and_fetches_only_what_cha
     assert not list((device.path / "downloads" / "versions").iterdir())
 
 
+def test_long_download_says_how_far_it_is_and_counts_what_was_here(
+    broker: MemoryBroker, server: ReleaseServer, device: Device
+) -> None:
+    offer = server.release(server.write_version(1, b"one" + 5 * BIG, trains=False))
+    topic = broker.get_chunks(build_digest(b"one" + 5 * BIG))[12]  # of 20
+    chunk = broker.retained.pop(topic)
+    device.receive(offer)
+    device.events.clear()
+    broker.retained[topic] = chunk
+    device.receive(offer)
+    said = [message for kind, message, _ in device.events if kind is EventKind.DOWNLOADING]
+    assert said == ["1 files, 1280003 bytes", "75 % of 1 files, 1280003 bytes"]
+
+
 def test_float_parameters_are_neither_published_nor_staged(
     broker: MemoryBroker, server: ReleaseServer, device: Device
 ) -> None:
