@@ -175,6 +175,8 @@ class Coordinator:
                 before = self._roster.save_status(device_id, document)
                 if self._run and _may_come_now(before, document):
                     await self._run.wake_absent(only=device_id)
+                if self._run and before and before.online and not document.online:
+                    self._run.note_offline(device_id)
             case Telemetry():
                 self._roster.save_telemetry(device_id, document)
             case Event():

@@ -43,9 +43,9 @@ class _Shortcut:
 
 def list_needed(manifest: ModelManifest, *, trains: bool) -> list[str]:
     """Return the names of the files a device needs, with or without those it trains with."""
-    graphs = manifest.training.graph_names if trains and manifest.training is not None else ()
+    training = manifest.training.file_names if trains and manifest.training is not None else ()
     golden = () if manifest.golden is None else (GOLDEN_NAME,)
-    return [*manifest.serving_names, *graphs, *golden]
+    return [*manifest.serving_names, *training, *golden]
 
 
 class Downloader:
