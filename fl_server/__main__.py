@@ -7,7 +7,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Protocol
 
-from fl_server import commands, key_commands
+from fl_server import commands, key_commands, rollout_commands
 from fl_server.config import CONFIG_NAME
 from fl_server.errors import ServerError, UsageError
 from fl_server.rounds.optimizers import OPTIMIZER_NAMES
@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_devices(subparsers)
     _add_package(subparsers)
     _add_release(subparsers)
+    _add_rollout(subparsers)
     _add_rollback(subparsers)
     _add_keys(subparsers)
     _add_train(subparsers)
@@ -167,9 +168,35 @@ def _add_release(subparsers: _Subparsers) -> None:
     parser.set_defaults(execute=commands.run_release)
 
 
+def _add_rollout(subparsers: _Subparsers) -> None:
+    parser = _add(subparsers, "rollout", "bring a model version to the fleet in waves, and back if it fails")
+    actions = parser.add_subparsers(required=True, metavar="ACTION", help="start, status, approve, halt, resume")
+    start = _add_with_config(actions, "start", "release a version to a first wave of the fleet")
+    start.add_argument("version_dir", type=Path, metavar="VERSION_DIR", help="made by fl-server package")
+    start.add_argument("--plan", type=Path, metavar="FILE.toml", help="waves, rates, what ends it; see the README")
+    start.add_argument("--waves", metavar="P,P", help="percentages of the fleet, rising to 100 (default: 100)")
+    start.add_argument("--devices", metavar="ID,ID", help="are in every wave; with --waves 0,100 they alone come first")
+    _add_folders(start)
+    status = _add_with_config(actions, "status", "show how far rollouts are, and what devices say of them")
+    status.add_argument("model", nargs="?", metavar="MODEL", help="default: all")
+    status.add_argument("--json", action="store_true", help="for programs")
+    approve = _add_with_config(actions, "approve", "let the next wave begin, once the one before is complete")
+    halt = _add_with_config(actions, "halt", "let no other device begin; who has the version keeps it")
+    resume = _add_with_config(actions, "resume", "go on after a halt; what failed until now counts no more")
+    for action in (approve, halt, resume):
+        action.add_argument("model", metavar="MODEL", help="whose rollout")
+    for action in (start, approve, halt, resume):
+        _add_following(action)
+    start.set_defaults(execute=rollout_commands.run_start)
+    status.set_defaults(execute=rollout_commands.run_status)
+    approve.set_defaults(execute=rollout_commands.run_approve)
+    halt.set_defaults(execute=rollout_commands.run_halt)
+    resume.set_defaults(execute=rollout_commands.run_resume)
+
+
 def _add_rollback(subparsers: _Subparsers) -> None:
     parser = _add_with_config(subparsers, "rollback", "make the version that was champion before the champion again")
-    parser.add_argument("model", metavar="MODEL", help="whose champion goes back; once more, and it is the one of now")
+    parser.add_argument("model", metavar="MODEL", help="whose champion goes back; ends its rollout")
     _add_following(parser)
     parser.set_defaults(execute=commands.run_rollback)
 

@@ -13,7 +13,17 @@ from fl_server.directory import Directory
 from fl_server.errors import ServerError, UsageError
 from fl_server.fleet.enrolment import enroll_device, issue_token
 from fl_server.fleet.roster import Device, Roster
-from fl_server.jobs import Job, Jobs, JobState, PromoteRequest, ReleaseRequest, Request, TrainRequest, WithdrawRequest
+from fl_server.jobs import (
+    Job,
+    Jobs,
+    JobState,
+    PromoteRequest,
+    ReleaseRequest,
+    Request,
+    RollbackRequest,
+    TrainRequest,
+    WithdrawRequest,
+)
 from fl_server.lock import holding_lock, is_locked
 from fl_server.rounds.optimizers import ServerOptimizer
 from fl_server.rounds.rule import Aggregation
@@ -33,7 +43,7 @@ def run_init(arguments: Namespace) -> None:
 
 
 def run_coordinator(arguments: Namespace) -> None:
-    settings, directory = _load(arguments)
+    settings, directory = load(arguments)
     for model in settings.models:
         if missing := find_missing(settings, model, directory.path):
             raise UsageError(f"{missing[0]}: missing or unreadable")
@@ -47,7 +57,7 @@ def run_enroll(arguments: Namespace) -> None:
     from fl_server.authority import Authority
     from fl_server.enrolment_desk import load_federation
 
-    settings, directory = _load(arguments)
+    settings, directory = load(arguments)
     federation = load_federation(settings, directory)
     model = arguments.model or _get_only_model(settings)
     with Roster(directory.database_path) as roster:
@@ -57,7 +67,7 @@ def run_enroll(arguments: Namespace) -> None:
 
 
 def run_token(arguments: Namespace) -> None:
-    settings, directory = _load(arguments)
+    settings, directory = load(arguments)
     if not settings.proxy.used:
         raise UsageError("proxy.used is false: nothing takes a token here; enrol the device with fl-server enroll")
     if not 0 < arguments.hours <= 24 * 31:
@@ -84,7 +94,7 @@ def run_token(arguments: Namespace) -> None:
 def run_revoke(arguments: Namespace) -> None:
     from fl_server.authority import Authority
 
-    _, directory = _load(arguments)
+    _, directory = load(arguments)
     with Roster(directory.database_path) as roster:
         roster.revoke(arguments.device_id)
         Authority(directory.ca_dir).save_crl(item.serial for item in roster.list_revoked_certificates())
@@ -92,7 +102,7 @@ def run_revoke(arguments: Namespace) -> None:
 
 
 def run_devices(arguments: Namespace) -> None:
-    _, directory = _load(arguments)
+    _, directory = load(arguments)
     with Roster(directory.database_path) as roster:
         rows = [_describe(device) for device in roster.list_devices()]
     if arguments.json:
@@ -137,7 +147,7 @@ def _package_definition(arguments: Namespace) -> ModelManifest:
 
     _refuse_options(arguments, ("name", "labels"), "a definition says itself")
     definition = load_definition(arguments.source)
-    settings, directory = _load(arguments) if arguments.config.exists() else (None, None)
+    settings, directory = load(arguments) if arguments.config.exists() else (None, None)
     model = settings.models.get(definition.name) if settings else None
     runtime = arguments.runtime or (model.runtime if model else "onnx")
     return package_definition(
@@ -160,7 +170,7 @@ def _package_file(arguments: Namespace) -> ModelManifest:
     _refuse_options(arguments, ("parameters", "runtime"), f"{arguments.source} is a finished graph")
     if arguments.name is None:
         raise UsageError(f"{arguments.source}: say with --name what it is served as")
-    _, directory = _load(arguments) if arguments.config.exists() else (None, None)
+    _, directory = load(arguments) if arguments.config.exists() else (None, None)
     return package_file(
         Path(arguments.source),
         model=arguments.name,
@@ -183,11 +193,22 @@ def _say(line: str) -> None:
 
 
 def run_release(arguments: Namespace) -> None:
-    _, directory = _load(arguments)
+    _, directory = load(arguments)
     split = _build_split(arguments)
     if arguments.version_dir is None:
-        _enqueue(arguments, directory, _build_verdict(arguments, directory))
+        enqueue(arguments, directory, _build_verdict(arguments, directory))
         return
+    version_dir = prepare_version(arguments, directory)
+    enqueue(arguments, directory, ReleaseRequest(version_dir=str(version_dir), split=split))
+
+
+def prepare_version(arguments: Namespace, directory: Directory) -> Path:
+    """Return the folder that is to be released, its graphs signed if `--keys` say with what.
+
+    Raises:
+        UsageError: It holds no version.
+        ServerError: The key is not where it should be.
+    """
     version_dir: Path = arguments.version_dir.resolve()
     if not (version_dir / MANIFEST_NAME).is_file():
         raise UsageError(f"{arguments.version_dir} holds no {MANIFEST_NAME}; a version comes from fl-server package")
@@ -195,7 +216,7 @@ def run_release(arguments: Namespace) -> None:
         from fl_server.release import sign_graphs
 
         sign_graphs(directory, version_dir, arguments.keys)
-    _enqueue(arguments, directory, ReleaseRequest(version_dir=str(version_dir), split=split))
+    return version_dir
 
 
 def _build_split(arguments: Namespace) -> Split | None:
@@ -220,9 +241,10 @@ def _build_verdict(arguments: Namespace, directory: Directory) -> PromoteRequest
 
 
 def run_rollback(arguments: Namespace) -> None:
-    _, directory = _load(arguments)
-    version = _find_version(directory, arguments.model, "previous")
-    _enqueue(arguments, directory, PromoteRequest(model=arguments.model, version=version))
+    _, directory = load(arguments)
+    _find_version(directory, arguments.model, "previous")  # raises, if there is none to go back to
+    version = _find_version(directory, arguments.model, "champion")
+    enqueue(arguments, directory, RollbackRequest(model=arguments.model, version=version))
 
 
 def _find_version(directory: Directory, model: str, alias: Role) -> int:
@@ -233,7 +255,7 @@ def _find_version(directory: Directory, model: str, alias: Role) -> int:
 
 
 def run_train(arguments: Namespace) -> None:
-    settings, directory = _load(arguments)
+    settings, directory = load(arguments)
     if arguments.model not in settings.models:
         known = ", ".join(sorted(settings.models)) or "none"
         raise UsageError(f"{arguments.config}: there is no section [models.{arguments.model}]; models here: {known}")
@@ -244,7 +266,7 @@ def run_train(arguments: Namespace) -> None:
         request.aggregation.check_fits(request.unit, devices=enrolled)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    _enqueue(arguments, directory, request)
+    enqueue(arguments, directory, request)
 
 
 def run_simulate(arguments: Namespace) -> None:
@@ -307,10 +329,11 @@ def run_demo(arguments: Namespace) -> None:
 
 def load_directory(arguments: Namespace) -> Directory:
     """Return the federation that `--config` is of."""
-    return _load(arguments)[1]
+    return load(arguments)[1]
 
 
-def _load(arguments: Namespace) -> tuple[ServerSettings, Directory]:
+def load(arguments: Namespace) -> tuple[ServerSettings, Directory]:
+    """Return the settings and the federation that `--config` is of; raises UsageError if it is of none."""
     settings = load_server_settings(arguments.config)
     directory = Directory(arguments.config.resolve().parent)
     if not directory.database_path.exists():
@@ -347,7 +370,8 @@ def _describe(device: Device) -> dict[str, str | int | float | bool | None]:
     }
 
 
-def _enqueue(arguments: Namespace, directory: Directory, request: Request) -> None:
+def enqueue(arguments: Namespace, directory: Directory, request: Request) -> None:
+    """Ask the coordinator for `request` and follow the job as `arguments` say; raises ServerError if it fails."""
     with Jobs(directory.database_path) as jobs:
         number = jobs.add(request)
         if not is_locked(directory.lock_path):

@@ -4,6 +4,8 @@ superlink   Flower's SuperLink as a child, started again whenever it ends
 nodes       enrolled devices become nodes of the SuperLink, revoked ones are none any more
 messages    what the fleet says, onto the roster; retained state again after a reconnect
 jobs        what operators ask for, one at a time
+runs        training that operators ask for, one run at a time, whatever else is asked meanwhile
+rollouts    versions that come in waves: grown by their rate, ended by what devices report
 revoked     shut out of the broker, and of every server that reads the list of revoked certificates
 metadata    what is signed, signed again before it expires, and published if the broker lacks it
 enrolment   what devices ask for through the proxy: their first certificate, and the next
@@ -16,6 +18,7 @@ import logging
 import signal
 import sqlite3
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
@@ -30,11 +33,25 @@ from fl_server.errors import RunError, ServerError
 from fl_server.fleet.lockout import Lockout
 from fl_server.fleet.mqtt import Connected, Disconnected, FromDevice, Link, LinkError
 from fl_server.fleet.roster import Roster, RosterError
-from fl_server.jobs import Job, Jobs, JobState, PromoteRequest, ReleaseRequest, WithdrawRequest
+from fl_server.jobs import (
+    Job,
+    Jobs,
+    JobState,
+    PromoteRequest,
+    ReleaseRequest,
+    ReleasingRequest,
+    RollbackRequest,
+    RolloutRequest,
+    SteerRequest,
+    WithdrawRequest,
+)
 from fl_server.orders import Orders
 from fl_server.release import PUBLISH_ERRORS, ReleaseResult, Releases
 from fl_server.rollout.keys import load_key
+from fl_server.rollout.records import RolloutRecords
 from fl_server.rollout.repository import ReleaseRepository
+from fl_server.rollout_status import RolloutStatus
+from fl_server.rollouts import Rollouts
 from fl_server.spent import recover_spent
 from fl_server.superlink import SuperLink, check_port_free
 from fl_server.training_run import RunResult, Services, TrainingRun
@@ -51,6 +68,7 @@ logger = logging.getLogger(__name__)
 JOBS_INTERVAL_S = 0.3
 METADATA_INTERVAL_S = 60.0  # a day is the shortest lifetime of what is signed
 DATABASE_PAUSE_S = 5.0  # after an error of its disk, which a person must make good
+ROLLOUTS_INTERVAL_S = 5.0  # telemetry is looked at so often, events at once
 NODES_INTERVAL_S = 5.0  # a device that was just enrolled should find itself registered when it comes
 
 
@@ -64,11 +82,12 @@ def run(settings: ServerSettings, directory: Directory) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line a request otherwise
     logging.getLogger("absl").setLevel(logging.ERROR)  # dp-accounting tells each RDP order that it leaves out
-    with Roster(directory.database_path) as roster, Jobs(directory.database_path) as jobs:
+    path = directory.database_path
+    with Roster(path) as roster, Jobs(path) as jobs, RolloutRecords(path) as records:
         identity = _load_identity(settings, directory)
         check_port_free(settings.superlink)
         recover_spent(roster, directory.runs_dir)
-        asyncio.run(_serve(settings, directory, roster, jobs, identity))
+        asyncio.run(_serve(settings, directory, roster, jobs, records, identity))
 
 
 def _load_identity(settings: ServerSettings, directory: Directory) -> Identity | None:
@@ -82,7 +101,12 @@ def _load_identity(settings: ServerSettings, directory: Directory) -> Identity |
 
 
 async def _serve(
-    settings: ServerSettings, directory: Directory, roster: Roster, jobs: Jobs, identity: Identity | None
+    settings: ServerSettings,
+    directory: Directory,
+    roster: Roster,
+    jobs: Jobs,
+    records: RolloutRecords,
+    identity: Identity | None,
 ) -> None:
     loop, main = asyncio.get_running_loop(), asyncio.current_task()
     assert main is not None
@@ -95,7 +119,7 @@ async def _serve(
         loop.add_signal_handler(number, end)
     broker = settings.broker
     async with Link(host=broker.host, port=broker.port, fleet=settings.fleet, identity=identity) as link:
-        coordinator = Coordinator(settings, directory, roster, jobs, link)
+        coordinator = Coordinator(settings, directory, roster, jobs, records, link)
         try:
             async with asyncio.TaskGroup() as steps:
                 for name, step in coordinator.steps.items():
@@ -110,7 +134,15 @@ async def _serve(
 class Coordinator:
     """The steps, and what they share."""
 
-    def __init__(self, settings: ServerSettings, directory: Directory, roster: Roster, jobs: Jobs, link: Link) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        directory: Directory,
+        roster: Roster,
+        jobs: Jobs,
+        records: RolloutRecords,
+        link: Link,
+    ) -> None:
         self._settings, self._roster, self._jobs, self._link = settings, roster, jobs, link
         self._superlink = SuperLink(settings.superlink, directory, roster)
         self._directory, authority = directory, Authority(directory.ca_dir)
@@ -123,6 +155,7 @@ class Coordinator:
             ca_path=settings.broker.ca_path or directory.ca_path,
         )
         self._releases = Releases(settings, directory, link.publish)
+        self._rollouts = Rollouts(directory, records, roster, self._releases, time.time)
         orders = Orders(fleet=settings.fleet, key=load_key(directory.order_key_path))
         self._announcer = Announcer(
             link, orders, roster, settings.rounds, load_floors=ReleaseRepository(directory).build_floors
@@ -136,7 +169,7 @@ class Coordinator:
             superlink=self._superlink,
         )
         self._run: TrainingRun | None = None
-        self._reconnected = asyncio.Event()
+        self._reconnected, self._reported = asyncio.Event(), asyncio.Event()
 
     @property
     def steps(self) -> dict[str, Callable[[], Coroutine[None, None, None]]]:
@@ -144,7 +177,9 @@ class Coordinator:
             "superlink": self._superlink.keep_running,
             "nodes": self._keep_registered,
             "messages": self._listen,
-            "jobs": self._work,
+            "jobs": partial(self._work, trains=False),
+            "runs": partial(self._work, trains=True),
+            "rollouts": self._keep_rollouts,
             "revoked": self._lockout.keep_out,
             "metadata": self._keep_published,
             **({"enrolment": self._take_enrolments} if self._settings.proxy.used else {}),
@@ -206,6 +241,7 @@ class Coordinator:
                 self._keep_ledger(device_id, document)
                 if self._roster.save_event(device_id, document):
                     logger.info("%s: %s %s", device_id, document.kind, document.message)
+                    self._reported.set()
                     if self._run:
                         await self._run.note(device_id, document)
                 topic = build_device_topic(self._settings.fleet, device_id, Channel.ACK)
@@ -220,10 +256,10 @@ class Coordinator:
         except RosterError as error:  # the event itself is kept: told again it would be no better
             logger.warning("%s", error)
 
-    async def _work(self) -> None:
+    async def _work(self, *, trains: bool) -> None:
         while True:
             try:
-                if job := self._jobs.find_next():
+                if job := self._jobs.find_next(trains=trains):
                     await self._finish(job)
                 else:
                     await asyncio.sleep(JOBS_INTERVAL_S)
@@ -244,33 +280,63 @@ class Coordinator:
         else:
             self._jobs.save_state(job.job, JobState.DONE, build_json(result).decode())
 
-    async def _do(self, job: Job) -> ReleaseResult | RunResult:
+    async def _do(self, job: Job) -> ReleaseResult | RolloutStatus | RunResult:
         def say(line: str) -> None:
             logger.info("job %d: %s", job.job, line)
             self._jobs.add_line(job.job, line)
 
-        if isinstance(job.request, ReleaseRequest | PromoteRequest | WithdrawRequest):
-            return await self._release(job.request, say)
+        match job.request:
+            case ReleaseRequest() | PromoteRequest() | WithdrawRequest() | RollbackRequest():
+                return await self._release(job.request, say)
+            case RolloutRequest() | SteerRequest():
+                return await self._roll_out(job.request, say)
         self._run = TrainingRun(f"{int(job.created_at)}-{job.job}", job.request, self._services, say)
         try:
             return await self._run.execute()
         finally:
             self._run = None
 
-    async def _release(
-        self, request: ReleaseRequest | PromoteRequest | WithdrawRequest, say: Callable[[str], None]
-    ) -> ReleaseResult:
+    async def _release(self, request: ReleasingRequest, say: Callable[[str], None]) -> ReleaseResult:
         match request:
             case ReleaseRequest(version_dir=version_dir, split=split):
                 version = await self._releases.release_folder(Path(version_dir), split)
                 what = "the champion" if split is None else f"the challenger, {split}"
             case PromoteRequest(model=model, version=number):
-                version, what = self._releases.promote(model, number), "the champion"
+                version, what = await self._releases.promote(model, number), "the champion"
             case WithdrawRequest(model=model, version=number):
                 version, what = self._releases.withdraw(model, number), "no challenger any more"
-        when = "the fleet is told" if await self._releases.publish() else "the fleet is told once the broker is back"
-        say(f"{version.model} version {version.version} is {what}; {when}")
+            case RollbackRequest(model=model, version=number):
+                version, what = await self._rollouts.roll_back(model, number), "the champion"
+        say(f"{version.model} version {version.version} is {what}; {await self._tell_fleet()}")
         return ReleaseResult(model=version.model, version=version.version, digest=version.manifest_digest)
+
+    async def _roll_out(self, request: RolloutRequest | SteerRequest, say: Callable[[str], None]) -> RolloutStatus:
+        match request:
+            case RolloutRequest(version_dir=version_dir, plan=plan):
+                status = await self._rollouts.start(Path(version_dir), plan)
+            case SteerRequest(model=model, version=version, action="approve", wave=wave):
+                status = self._rollouts.approve(model, version, wave)
+            case SteerRequest(model=model, version=version, action="halt"):
+                status = self._rollouts.halt(model, version)
+            case SteerRequest(model=model, version=version):
+                status = self._rollouts.resume(model, version)
+        told = await self._tell_fleet()
+        say(f"{status}\n{told}")
+        return status
+
+    async def _tell_fleet(self) -> str:
+        return "the fleet is told" if await self._releases.publish() else "the fleet is told once the broker is back"
+
+    async def _keep_rollouts(self) -> None:
+        while True:
+            try:
+                await self._rollouts.advance()
+            except PUBLISH_ERRORS as error:
+                logger.error("rollouts wait %.0f s: %s", ROLLOUTS_INTERVAL_S, error)  # noqa: TRY400
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ROLLOUTS_INTERVAL_S):
+                    await self._reported.wait()
+            self._reported.clear()
 
     async def _keep_published(self) -> None:
         lacks_all = False

@@ -6,10 +6,11 @@ from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from fl_server.database import open_database
 from fl_server.errors import ServerError
+from fl_server.rollout.plan import RolloutPlan
 from fl_server.rounds.optimizers import FEDAVG, ServerOptimizer
 from fl_server.rounds.rule import MEAN, Aggregation
 from fl_server.rounds.run import check_quantile
@@ -79,6 +80,38 @@ class WithdrawRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RollbackRequest:
+    """Let the champion `version` be it no more; if it is none any more, that was done."""
+
+    model: str
+    version: int
+
+    def __post_init__(self) -> None:
+        check_name(self.model, "model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRequest:
+    """Bring the version in this folder to the fleet in waves."""
+
+    version_dir: str
+    plan: RolloutPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteerRequest:
+    """Tell a rollout to go on with `wave`, from 0, to halt or to resume; once more does nothing."""
+
+    model: str
+    version: int
+    action: Literal["approve", "halt", "resume"]
+    wave: int = 0
+
+    def __post_init__(self) -> None:
+        check_name(self.model, "model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainRequest:
     """Train the champion of `model` in rounds, within epsilon; fields as in the plans and in the run."""
 
@@ -105,11 +138,15 @@ class TrainRequest:
             )
 
 
-Request = ReleaseRequest | PromoteRequest | WithdrawRequest | TrainRequest
+ReleasingRequest = ReleaseRequest | PromoteRequest | WithdrawRequest | RollbackRequest
+Request = ReleasingRequest | RolloutRequest | SteerRequest | TrainRequest
 _KINDS: dict[str, type[Request]] = {
     "release": ReleaseRequest,
     "promote": PromoteRequest,
     "withdraw": WithdrawRequest,
+    "rollback": RollbackRequest,
+    "rollout": RolloutRequest,
+    "steer": SteerRequest,
     "train": TrainRequest,
 }
 
@@ -170,13 +207,17 @@ class Jobs:
             result=None if row["result"] is None else row["result"].decode(),
         )
 
-    def find_next(self) -> Job | None:
-        """Return the job to do now: the one that was interrupted, else the oldest in the queue.
+    def find_next(self, *, trains: bool) -> Job | None:
+        """Return the training run, or the other job, to do now: the one that was interrupted, else the oldest queued.
 
-        One that cannot be read has failed: it must not keep those behind it waiting, nor end the coordinator.
+        A run waits for all that was asked for before it, and nothing waits for a run. A job that cannot be read has
+        failed: it must not keep those behind it waiting, nor end the coordinator.
         """
         rows = self._database.execute(
-            "SELECT job FROM jobs WHERE state IN ('running', 'queued') ORDER BY state = 'queued', job"
+            "SELECT job FROM jobs WHERE state IN ('running', 'queued') AND (kind = 'train') = ?1 AND NOT (?1 AND EXISTS "
+            "(SELECT 1 FROM jobs AS others WHERE others.state IN ('running', 'queued') AND others.kind != 'train' "
+            "AND others.job < jobs.job)) ORDER BY state = 'queued', job",
+            (trains,),
         ).fetchall()
         for row in rows:
             try:

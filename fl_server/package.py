@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fl_server.candidate import find_released
 from fl_server.directory import Directory
 from fl_server.errors import DefinitionError, UsageError
 from fl_server.evaluation.answers import measure_answers
@@ -20,7 +21,6 @@ from fl_server.packaging.imported import Run, load_imported, package_imported
 from fl_server.packaging.package import Tools, package_version
 from fl_server.packaging.tflite import TfliteExporter
 from fl_server.registry.registry import Registry
-from fl_server.release import find_released
 from models.contract.manifest import Lineage, ModelManifest, Quality
 from models.contract.topics import check_name
 from models.definitions import ModelDefinition

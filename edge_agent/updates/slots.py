@@ -134,6 +134,14 @@ class Slots:
         self._save(replace(self._state, trial=replace(trial, tries_left=trial.tries_left - 1)))
         return _load_version(self._dir, trial.slot, trial.digest)
 
+    def find_trial_version(self) -> int | None:
+        """Return the number of the version on trial, None if its slot does not verify."""
+        trial = self.get_trial()
+        try:
+            return _load_version(self._dir, trial.slot, trial.digest).manifest.version
+        except StalledError:
+            return None
+
     def give_back_try(self) -> None:
         """Hold the last try against nobody: it did not come to its end, and not for the version's fault."""
         trial = self.get_trial()

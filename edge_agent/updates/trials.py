@@ -54,7 +54,8 @@ class Trials:
         trial = self._slots.get_trial()
         if trial.tries_left < 1:
             self._standing.advance(Activated(trial.digest))
-            await self._roll_back(trial.digest, f"it ended the agent {TRIES} times", None)
+            number = await asyncio.to_thread(self._slots.find_trial_version)
+            await self._roll_back(trial.digest, f"it ended the agent {TRIES} times", number)
             return
         try:
             version = await asyncio.to_thread(self._slots.begin_try)

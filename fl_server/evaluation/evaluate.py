@@ -118,5 +118,17 @@ def measure_quality(
     )
 
 
+def measure_packaged(
+    inputs: Mapping[str, Array], y: Array, inference_path: Path, metric: str | MetricFunction
+) -> Decimal:
+    """Return what the packaged graph, of one output, is worth on `inputs` by name and y, shapes (n, ...), n >= 1.
+
+    Raises:
+        ServerError: The runtime does not take the graph.
+    """
+    (packaged,) = run_batches(open_graph(inference_path), inputs).values()
+    return _round(get_metric(metric)(packaged, y))
+
+
 def _round(value: float) -> Decimal:
     return Decimal(value).quantize(_DIGITS)

@@ -56,6 +56,17 @@ def decide_promotion(candidate: Quality, champion: Quality | None, rules: GateRu
     return _refuse(f"{between} is not better by more than {rules.min_gain}")
 
 
+def find_drop(metric: str, candidate: Decimal, champion: Decimal, *, max_drop: Decimal) -> str | None:
+    """Return how much worse than `champion` the metric of `candidate` is, None if by at most `max_drop`.
+
+    Both are measured on the same held-out data.
+    """
+    lost = _gain(metric, champion, candidate)
+    if lost <= max_drop:  # False for what is not finite
+        return None
+    return f"{metric} {champion} -> {candidate} on held-out data, worse by {lost}; {max_drop} is the most"
+
+
 def _gain(metric: str, value: Decimal, than: Decimal) -> Decimal:
     """Return by how much `value` is better."""
     return than - value if metric in LOWER_IS_BETTER else value - than

@@ -10,16 +10,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from fl_server.database import open_database
 from fl_server.errors import ServerError
 from models.contract.encoding import build_json, parse_json
 from models.contract.ledger import SPENT_MAX, LedgerHead, Spent, add_up, take_larger
-from models.contract.messages import Event, Status, Telemetry
+from models.contract.messages import Event, EventKind, Status, Telemetry
 
 CERTIFICATES_MAX = 32  # of one device at a time; it needs two a year, and one for each answer that got lost
 EVENTS_KEPT = 1000  # of each device; older ones go
+WORDS_KEPT = 100  # of each device, on as many versions
+
+_VERSION_MAX = 2**63 - 1  # what SQLite holds, of whatever a device says
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS devices (
@@ -53,6 +56,15 @@ CREATE TABLE IF NOT EXISTS events (
     received_at REAL NOT NULL,
     event BLOB NOT NULL,
     UNIQUE (device_id, event_id)
+) STRICT;
+CREATE TABLE IF NOT EXISTS last_words (  -- each device's last word on a version
+    device_id TEXT NOT NULL,
+    model TEXT NOT NULL,
+    version INTEGER NOT NULL,
+    number INTEGER NOT NULL,  -- of the event that said so
+    has_failed INTEGER NOT NULL,
+    message TEXT NOT NULL,
+    PRIMARY KEY (device_id, model, version)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS ledgers (  -- what each device has spent at least
     device_id TEXT PRIMARY KEY,
@@ -125,6 +137,15 @@ class Device:
     def may_train(self) -> bool:
         """Whether a run may wake it now."""
         return self.revoked_at is None and self.status is not None and self.status.online and self.status.trains
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastWord:
+    """A device's last word on a version: that it serves, or that it failed, and why."""
+
+    device_id: str
+    has_failed: bool
+    message: str
 
 
 class Roster:
@@ -290,19 +311,36 @@ class Roster:
         )
 
     def save_event(self, device_id: str, event: Event) -> bool:
-        """Keep the event; return False if it was here already, as a repeated delivery is."""
-        added = self._database.execute(
-            "INSERT OR IGNORE INTO events (device_id, event_id, received_at, event) VALUES (?, ?, ?, ?)",
-            (device_id, event.id, time.time(), build_json(event)),
+        """Keep the event, and what it says of a version; return False if it was here already, as a repeated delivery is."""
+        with self._changing():
+            added = self._database.execute(
+                "INSERT OR IGNORE INTO events (device_id, event_id, received_at, event) VALUES (?, ?, ?, ?)",
+                (device_id, event.id, time.time(), build_json(event)),
+            )
+            if not added.rowcount:
+                return False
+            if event.kind in (EventKind.UPDATED, EventKind.FAILED):
+                assert added.lastrowid is not None
+                self._keep_word(device_id, event, added.lastrowid)
+            self._keep_newest("events", device_id, EVENTS_KEPT)
+            return True
+
+    def list_last_words(self, model: str, version: int, *, since: int = 0) -> list[LastWord]:
+        """Return the last words of all members on the version, by device, that came after event `since`."""
+        rows = self._database.execute(
+            "SELECT device_id, has_failed, message FROM last_words JOIN devices USING (device_id) "
+            "WHERE revoked_at IS NULL AND model = ? AND version = ? AND number > ? ORDER BY device_id",
+            (model, version, since),
         )
-        if not added.rowcount:
-            return False
-        self._database.execute(
-            "DELETE FROM events WHERE device_id = ? AND number <= "
-            "(SELECT number FROM events WHERE device_id = ? ORDER BY number DESC LIMIT 1 OFFSET ?)",
-            (device_id, device_id, EVENTS_KEPT),
-        )
-        return True
+        return [
+            LastWord(device_id=row["device_id"], has_failed=bool(row["has_failed"]), message=row["message"])
+            for row in rows
+        ]
+
+    def find_last_event(self) -> int:
+        """Return the number of the last event that was kept, 0 before the first."""
+        row = self._database.execute("SELECT max(number) AS last FROM events").fetchone()
+        return row["last"] or 0
 
     def list_events(self, device_id: str) -> list[Event]:
         """Return the device's last events, oldest first."""
@@ -356,6 +394,22 @@ class Roster:
         """Return what the device has spent at least; the head is that of the longest ledger that it reported."""
         row = self._database.execute("SELECT head FROM ledgers WHERE device_id = ?", (device_id,)).fetchone()
         return LedgerHead() if row is None else parse_json(row["head"], LedgerHead)
+
+    def _keep_word(self, device_id: str, event: Event, number: int) -> None:
+        if event.model is None or event.version is None or not 0 < event.version <= _VERSION_MAX:
+            return
+        self._database.execute(
+            "INSERT OR REPLACE INTO last_words VALUES (?, ?, ?, ?, ?, ?)",
+            (device_id, event.model, event.version, number, event.kind is EventKind.FAILED, event.message),
+        )
+        self._keep_newest("last_words", device_id, WORDS_KEPT)
+
+    def _keep_newest(self, table: Literal["events", "last_words"], device_id: str, limit: int) -> None:
+        self._database.execute(
+            f"DELETE FROM {table} WHERE device_id = ?1 AND number <= "  # noqa: S608 - one of two names of our own
+            f"(SELECT number FROM {table} WHERE device_id = ?1 ORDER BY number DESC LIMIT 1 OFFSET ?2)",
+            (device_id, limit),
+        )
 
     def _put_ledger(self, device_id: str, head: LedgerHead, spent: tuple[Spent, ...]) -> None:
         if len(spent) > SPENT_MAX:

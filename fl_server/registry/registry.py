@@ -11,6 +11,8 @@ import os
 import shutil
 import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -151,8 +153,7 @@ class Registry:
     def set_registered_model_alias(self, model: str, alias: Role, version: int) -> None:
         """Let `alias` stand for `version`; a champion that is replaced becomes "previous", one that was challenger is none."""
         self.get_model_version(model, version)
-        self._index.execute("BEGIN IMMEDIATE")
-        try:
+        with self._changing():
             if alias == "champion":
                 self._index.execute(
                     "INSERT OR REPLACE INTO aliases SELECT model, 'previous', version FROM aliases "
@@ -163,10 +164,14 @@ class Registry:
                     "DELETE FROM aliases WHERE model = ? AND alias = 'challenger' AND version = ?", (model, version)
                 )
             self._index.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?, ?)", (model, alias, version))
-        except BaseException:
-            self._index.execute("ROLLBACK")
-            raise
-        self._index.execute("COMMIT")
+
+    def restore_registered_model_aliases(self, model: str, *, champion: int, previous: int | None) -> None:
+        """Let both aliases stand for what they once stood for, and for nothing else."""
+        with self._changing():
+            self._index.execute("INSERT OR REPLACE INTO aliases VALUES (?, 'champion', ?)", (model, champion))
+            self._index.execute("DELETE FROM aliases WHERE model = ? AND alias = 'previous'", (model,))
+            if previous is not None:
+                self._index.execute("INSERT INTO aliases VALUES (?, 'previous', ?)", (model, previous))
 
     def delete_registered_model_alias(self, model: str, alias: Role, *, version: int) -> None:
         """Let `alias` stand for nothing if it stands for `version` now."""
@@ -204,6 +209,16 @@ class Registry:
         """Return the number that the model's next version gets; counts from 1."""
         row = self._index.execute("SELECT max(version) AS last FROM versions WHERE model = ?", (model,)).fetchone()
         return (row["last"] or 0) + 1
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        self._index.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._index.execute("ROLLBACK")
+            raise
+        self._index.execute("COMMIT")
 
     def _find(self, model: str, version: int) -> ModelVersion | None:
         query = "SELECT * FROM versions WHERE model = ? AND version = ?"

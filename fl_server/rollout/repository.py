@@ -115,7 +115,7 @@ class ReleaseRepository:
         manifests: Mapping[Role, bytes],
         *,
         now: datetime,
-        split: Split | None = None,
+        terms: Mapping[Role, ReleaseTerms] | None = None,
         kept: Collection[Role] = (),
     ) -> None:
         """Let each alias of `model` stand for a manifest; aliases not named stand for nothing from now on.
@@ -124,14 +124,14 @@ class ReleaseRepository:
             model: All manifests must be its.
             manifests: Manifest bytes by alias.
             now: Aware, in UTC.
-            split: What the challenger is for; None without one.
+            terms: What these aliases' versions are for; of others it is said that they are for all.
             kept: Aliases that stand for what they stood for.
 
         Raises:
             MalformedError: Bytes that are no manifest.
-            UsageError: An unknown alias, or a manifest of another model.
+            UsageError: An unknown alias, a manifest of another model, or terms of another version.
         """
-        released = {target.path: target for target in _build_releases(model, manifests, split)}
+        released = {target.path: target for target in _build_releases(model, manifests, terms or {})}
         with self._store.locked():
             state = self._store.load()
             releases = state.targets[ROLE_RELEASES]
@@ -357,15 +357,20 @@ def _build_target(path: str, entry: FileEntry, custom: dict[str, object] | None 
     return TargetFile(entry.size_bytes, {"sha256": entry.digest}, path, unrecognized_fields=fields)
 
 
-def _build_releases(model: str, manifests: Mapping[Role, bytes], split: Split | None) -> Iterator[TargetFile]:
+def _build_releases(
+    model: str, manifests: Mapping[Role, bytes], known: Mapping[Role, ReleaseTerms]
+) -> Iterator[TargetFile]:
     for alias, data in manifests.items():
         manifest = parse_manifest(data)
         if alias not in ALIASES:
             raise UsageError(f"alias {alias!r} is none of {', '.join(sorted(ALIASES))}")
         if manifest.model != model:
             raise UsageError(f"the {alias} is a manifest of {manifest.model!r}, not of {model!r}")
+        split = Split() if alias == "challenger" else None
+        terms = known.get(alias) or ReleaseTerms(role=alias, version=manifest.version, split=split)
+        if (terms.role, terms.version) != (alias, manifest.version):
+            raise UsageError(
+                f"the {alias} is version {manifest.version}, its terms are of the {terms.role}, version {terms.version}"
+            )
         entry = FileEntry(digest=build_digest(data), size_bytes=len(data))
-        terms = ReleaseTerms(
-            role=alias, version=manifest.version, split=split or Split() if alias == "challenger" else None
-        )
         yield _build_target(build_release_target(model, alias), entry, build_terms(terms))

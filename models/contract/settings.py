@@ -91,13 +91,14 @@ def _check_known(table: Mapping[str, Any], kind: type, file: str, where: str) ->
                 for name, inner in value.items():
                     if isinstance(inner, dict):
                         _check_known(inner, section, file, f"{where}{key}.{name}.")
-            elif isinstance(value, dict):
-                _check_known(value, section, file, f"{where}{key}.")
+            for inner in value if isinstance(value, list) else [value]:
+                if isinstance(inner, dict) and get_origin(hints[key]) is not dict:
+                    _check_known(inner, section, file, f"{where}{key}.")
 
 
 def _sections(hint: Any) -> list[type]:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return [hint]
-    if get_origin(hint) in (dict, types.UnionType):
+    if get_origin(hint) in (dict, tuple, types.UnionType):
         return [section for argument in get_args(hint) for section in _sections(argument)]
     return []

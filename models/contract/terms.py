@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from models.contract.encoding import build_canonical
 from models.contract.errors import MalformedError
 from models.contract.wave import Requirements, Wave
 
@@ -94,11 +95,15 @@ class ReleaseTerms:
 
 
 def build_terms(terms: ReleaseTerms) -> dict[str, object]:
-    """Return the `custom` that is signed; holds no floats, and nothing of what is as it is by default."""
-    document: dict[str, object] = msgspec.to_builtins(terms)
-    plain: dict[str, object] = msgspec.to_builtins(ReleaseTerms(version=terms.version))
+    """Return the `custom` that is signed, as it is read back; no floats, and nothing of what is as it is by default."""
+    document, plain = (_build_plain(each) for each in (terms, ReleaseTerms(version=terms.version)))
     kept = {"schema_version", "version"}
     return {name: value for name, value in document.items() if name in kept or value != plain[name]}
+
+
+def _build_plain(terms: ReleaseTerms) -> dict[str, object]:
+    document: dict[str, object] = msgspec.json.decode(build_canonical(terms))
+    return document
 
 
 def parse_terms(custom: object) -> ReleaseTerms:

@@ -32,6 +32,7 @@ from models.contract.topics import Channel, build_blob_topic, build_device_topic
 from tests.simulators.agent import DEVICE, FLEET, MODEL, REPOSITORY, AgentProcess, install_version
 from tests.simulators.mosquitto import Mosquitto
 from tests.simulators.observer import Observer
+from tests.simulators.releases import build_challenge
 from tests.simulators.tiny_models import save_version
 from tests.simulators.waiting import wait_until
 
@@ -229,7 +230,8 @@ class Releases:
 
     def release(self, versions: dict[Role, Path], split: Split | None = None) -> None:
         manifests = {alias: (version / "manifest.json").read_bytes() for alias, version in versions.items()}
-        self.repository.set_release(MODEL, manifests, split=split, now=datetime.now(UTC))
+        terms = build_challenge(versions.get("challenger"), split)
+        self.repository.set_release(MODEL, manifests, terms=terms, now=datetime.now(UTC))
         pem = self.repository.build_coordinator_pem()
         blobs: dict[str, Path | bytes] = {build_digest(pem): pem}
         for version in versions.values():

@@ -1,14 +1,17 @@
 import json
 import subprocess
+from dataclasses import replace
+from decimal import Decimal
 
 import pytest
+from safetensors.numpy import save_file
 
 from fl_server.__main__ import build_parser
 from fl_server.registry.registry import Registry
-from models.contract.manifest import parse_manifest
-from tests.simulators.federation import DEFINITION, Federation, run_command
+from models.contract.manifest import build_manifest, parse_manifest
+from tests.simulators.federation import DEFINITION, SOLUTION, Federation, run_command
 
-COMMANDS = ["init", "run", "enroll", "revoke", "devices", "package", "release", "rollback", "train"]
+COMMANDS = ["init", "run", "enroll", "revoke", "devices", "package", "release", "rollout", "rollback", "train"]
 
 
 @pytest.fixture
@@ -65,6 +68,16 @@ def test_refusals_are_one_line(federation, tmp_path):
     ):
         assert_refused(federation.command("release", *arguments), code, said)
     assert_refused(federation.command("rollback", "sides"), 1, "sides has no previous; one is there once")
+    assert federation.command("rollout").returncode == 2
+    plan = tmp_path / "plan.toml"
+    plan.write_text("[[abortConfig.criteriaList]]\nthresholdPercentages = 20\n")
+    for arguments, code, said in (
+        (("start", v1), 1, "sides has no champion; release a version first"),
+        (("start", v1, "--waves", "10,some"), 2, "--waves 10,some: expected percentages"),
+        (("start", v1, "--plan", str(plan)), 2, "unknown key 'abortConfig.criteriaList.thresholdPercentages'"),
+        (("halt", "sides"), 1, "sides is not being rolled out"),
+    ):
+        assert_refused(federation.command("rollout", *arguments), code, said)
     assert federation.command("release", v1, "--promote", "sides").returncode == 2
     assert federation.command("release").returncode == 2
     assert_refused(federation.command("train", "heart"), 2, "models.heart")
@@ -79,6 +92,25 @@ def test_refusals_are_one_line(federation, tmp_path):
     assert_refused(federation.command("train", "sides", *krum), 2, "1 hostile devices of 5 or more, and there are 1")
     assert_refused(federation.command("package", "nothing.py:definition", "--out", out + "3"), 2, "nothing.py")
     assert_refused(run_command("devices", "--config", str(tmp_path / "no.toml")), 2, "no.toml")
+
+
+def test_version_that_is_worse_on_the_held_out_data_is_not_rolled_out(federation, tmp_path):
+    """Whatever its manifest says: the federation's own data decide."""
+    v1, right = federation.directory / "v1", tmp_path / "right.safetensors"
+    save_file({"weight": SOLUTION[:8].reshape(2, 4), "bias": SOLUTION[8:]}, right)
+    definition = f"{federation.directory / 'sides.py'}:definition"
+    out = tmp_path / "v2"
+    with Registry(federation.directory / "registry") as registry:
+        registry.create_model_version(v1)
+        packaged = federation.command("package", definition, "--parameters", str(right), "--out", str(out))
+        assert packaged.returncode == 0, packaged.stderr
+        registry.create_model_version(out)
+        registry.set_registered_model_alias("sides", "champion", 2)
+    manifest = parse_manifest((v1 / "manifest.json").read_bytes())
+    flattered = replace(manifest, version=3, quality=replace(manifest.quality, value=Decimal(1)))
+    (v1 / "manifest.json").write_bytes(build_manifest(flattered))
+    said = "sides version 3 is not rolled out: accuracy 1.000000 -> 0.000000 on held-out data, worse by 1.000000"
+    assert_refused(federation.command("rollout", "start", str(v1)), 1, said)
 
 
 def test_enrolling_needs_a_model_when_none_is_configured(tmp_path):

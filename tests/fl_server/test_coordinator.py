@@ -168,6 +168,47 @@ def test_challenger_is_offered_with_its_split_and_promoted_rolled_back_or_withdr
     assert "challenger" not in read_roles(broker)
 
 
+PLAN = """\
+waves = [0, 50.5, 100]
+[abortConfig]
+criteriaList = [{ thresholdPercentage = 50, minNumberOfExecutedThings = 1 }]
+"""
+
+
+def test_rollout_is_steered_by_commands_and_goes_on_after_a_restart_until_its_canary_fails(federation, broker):
+    federation.start()
+    federation.wait_for_log("connected to the broker")
+    canary = federation.add_device("canary")
+    assert federation.command("release", str(federation.directory / "v1")).returncode == 0
+    second, plan_path = write_second_version(federation), federation.directory / "plan.toml"
+    plan_path.write_text(PLAN)
+    done = federation.command("rollout", "start", second, "--plan", str(plan_path), "--devices", "canary")
+    assert done.stdout == (
+        "sides version 2, after 1: rolling, wave 1 of 3, 0 of 0 %; 0 devices run it, on 0 it failed\n"
+        "  the next wave, 50.5 %: fl-server rollout approve sides\nthe fleet is told\n"
+    ), done.stderr
+    wave = read_roles(broker)["champion"]["wave"]
+    assert (wave["percentage"], wave["devices"]) == ("0", ["canary"])
+    done = federation.command("release", second)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "the rollout of sides version 2 is rolling at 0 %" in done.stderr
+    federation.kill()
+    federation.start()
+    federation.wait_for_log("connected to the broker")
+    assert read_roles(broker)["champion"]["wave"] == wave
+    status = json.loads(federation.command("rollout", "approve", "sides", "--json").stdout)
+    assert (status["phase"], status["percentage"], status["awaits_approval"]) == ("rolling", "50.5", True)
+    assert read_roles(broker)["champion"]["wave"] == {**wave, "percentage": "50.5"}
+    canary.say(dataclasses.replace(EVENT, kind=EventKind.FAILED, model=MODEL, version=2, message="it is too slow"))
+    federation.wait_for_log("the fleet goes back to version 1: 1 of 1 devices failed")
+    wait_until(lambda: read_roles(broker)["champion"]["version"] == 1, "the offer of the version before")
+    assert read_roles(broker).keys() == {"champion"}
+    done = federation.command("rollout", "status", "sides")
+    assert "rolled back: 1 of 1 devices failed, 50 % of at least 1 end it\n  canary: it is too slow\n" in done.stdout
+    done = federation.command("rollout", "resume", "sides")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
 def test_events_are_acknowledged_each_time_and_kept_once_amid_junk_and_strangers(federation, broker):
     federation.start()
     federation.wait_for_log("connected to the broker")

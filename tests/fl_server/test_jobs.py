@@ -4,9 +4,21 @@ from decimal import Decimal
 import pytest
 
 from fl_server.errors import ServerError
-from fl_server.jobs import Jobs, JobState, PromoteRequest, ReleaseRequest, TrainRequest, WithdrawRequest
+from fl_server.jobs import (
+    Jobs,
+    JobState,
+    PromoteRequest,
+    ReleaseRequest,
+    RollbackRequest,
+    RolloutRequest,
+    SteerRequest,
+    TrainRequest,
+    WithdrawRequest,
+)
+from fl_server.rollout.plan import RolloutPlan
 from models.contract.privacy import TrainingPlan
 from models.contract.terms import Split
+from models.contract.wave import Requirements
 
 TRAIN = TrainRequest(
     model="digits",
@@ -30,20 +42,40 @@ def test_request_comes_back_as_it_was_asked(jobs):
     assert jobs.get(jobs.add(RELEASE)).request == RELEASE
     challenger = ReleaseRequest(version_dir="/v2", split=Split(weight=Decimal("0.1")))
     assert jobs.get(jobs.add(challenger)).request == challenger
-    for request in (PromoteRequest(model="digits", version=2), WithdrawRequest(model="digits", version=2)):
+    plan = RolloutPlan(waves=(Decimal(1), Decimal(100)), devices=("a",), requirements=Requirements(hardware=("arm",)))
+    for request in (
+        PromoteRequest(model="digits", version=2),
+        WithdrawRequest(model="digits", version=2),
+        RollbackRequest(model="digits", version=2),
+        RolloutRequest(version_dir="/v2", plan=plan),
+        SteerRequest(model="digits", version=2, action="approve", wave=1),
+    ):
         assert jobs.get(jobs.add(request)).request == request
 
 
 def test_jobs_are_done_in_order_and_an_interrupted_one_goes_on_first(jobs):
-    first, second = jobs.add(RELEASE), jobs.add(TRAIN)
-    assert jobs.find_next().job == first
+    first, second = jobs.add(RELEASE), jobs.add(ReleaseRequest(version_dir="/v2"))
+    assert jobs.find_next(trains=False).job == first
     jobs.save_state(second, JobState.RUNNING)
-    assert jobs.find_next().job == second
+    assert jobs.find_next(trains=False).job == second
     jobs.save_state(second, JobState.DONE, "{}")
     jobs.save_state(first, JobState.FAILED, "no such folder")
-    assert jobs.find_next() is None
+    assert jobs.find_next(trains=False) is None
     assert (jobs.get(first).result, jobs.get(second).result) == ("no such folder", "{}")
     assert jobs.get(first).is_over
+
+
+def test_run_waits_for_what_was_asked_before_it_and_nothing_waits_for_a_run(jobs):
+    release, run, other = jobs.add(RELEASE), jobs.add(TRAIN), jobs.add(TRAIN)
+    halt = jobs.add(SteerRequest(model="digits", version=2, action="halt"))
+    assert jobs.find_next(trains=True) is None
+    jobs.save_state(release, JobState.DONE, "{}")
+    assert jobs.find_next(trains=True).job == run
+    jobs.save_state(run, JobState.RUNNING)
+    assert jobs.find_next(trains=False).job == halt
+    assert jobs.find_next(trains=True).job == run
+    jobs.save_state(run, JobState.DONE, "{}")
+    assert jobs.find_next(trains=True).job == other
 
 
 def test_a_job_of_another_version_fails_and_the_next_one_is_done(jobs, tmp_path):
@@ -52,9 +84,10 @@ def test_a_job_of_another_version_fails_and_the_next_one_is_done(jobs, tmp_path)
         database.execute("UPDATE jobs SET kind = 'migrate' WHERE job = ?", (unknown,))
         database.execute("UPDATE jobs SET request = x'7b7d' WHERE job = ?", (old,))
     database.close()
-    assert jobs.find_next().job == good
+    assert jobs.find_next(trains=False).job == good
+    assert jobs.find_next(trains=True) is None
     jobs.save_state(good, JobState.DONE, "{}")
-    assert jobs.find_next() is None
+    assert jobs.find_next(trains=True) is None
     with pytest.raises(ServerError, match=f"job {old} is not one that this version"):
         jobs.get(old)
 

@@ -121,7 +121,7 @@ class ReleaseServer:
             for version in versions.values():
                 self.sign_graphs(version)
         manifests = {alias: (version / MANIFEST_NAME).read_bytes() for alias, version in versions.items()}
-        self.repository.set_release(target_model, manifests, now=self.now, split=split)
+        self.repository.set_release(target_model, manifests, now=self.now, terms=build_challenge(challenger, split))
         return self.publish(*versions.values())
 
     def release_with(self, terms: Mapping[Path, ReleaseTerms]) -> bytes:
@@ -146,6 +146,14 @@ class ReleaseServer:
             blobs |= list_blobs(version)
         asyncio.run(self.publisher.publish(offer, blobs))
         return offer
+
+
+def build_challenge(challenger: Path | None, split: Split | None) -> dict[Role, ReleaseTerms]:
+    """Return the terms of the challenger in that folder; of none without one, or where nothing is said of it."""
+    if challenger is None or split is None:
+        return {}
+    version = parse_manifest((challenger / MANIFEST_NAME).read_bytes()).version
+    return {"challenger": ReleaseTerms(role="challenger", version=version, split=split)}
 
 
 def _describe(data: bytes) -> FileEntry:

@@ -102,6 +102,7 @@ def test_version_that_kills_the_agent_has_three_tries(tmp_path: Path) -> None:
     device = Device(tmp_path / "device", broker, server.root)
     assert device.receive(offer) == [EventKind.FAILED]
     assert "it ended the agent 3 times; version 1 serves on" in device.last_message
+    assert device.events[-1][2] == 2, "which version it was, for its rollout"
     assert device.tried == []
 
 

@@ -1,6 +1,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -85,6 +86,43 @@ def test_only_the_newest_events_of_a_device_are_kept(roster, monkeypatch):
         roster.save_event("device-1", build_event(str(number)))
     assert [event.id for event in roster.list_events("device-1")] == ["2", "3", "4"]
     assert len(roster.list_events("device-2")) == 1
+
+
+def say(roster: Roster, device_id: str, kind: EventKind, *, version: int | None, model: str = "digits") -> None:
+    event = build_event(f"{roster.find_last_event()} of {device_id}")
+    roster.save_event(device_id, replace(event, kind=kind, model=model, version=version))
+
+
+def find_failed(roster: Roster, *, since: int = 0) -> dict[str, bool]:
+    return {word.device_id: word.has_failed for word in roster.list_last_words("digits", 2, since=since)}
+
+
+def test_last_word_of_each_member_on_a_version_counts_once_and_only_as_news(roster, monkeypatch):
+    enroll(roster, "device-1", "device-2", "device-3")
+    failed = replace(build_event("f"), kind=EventKind.FAILED, model="digits", version=2, message="it is too slow")
+    assert roster.save_event("device-1", failed)
+    assert [word.message for word in roster.list_last_words("digits", 2)] == ["it is too slow"]
+    say(roster, "device-1", EventKind.UPDATED, version=2)
+    assert not roster.save_event("device-1", failed), "as a repeated delivery is not"
+    say(roster, "device-2", EventKind.UPDATED, version=2)
+    say(roster, "device-2", EventKind.FAILED, version=2)
+    say(roster, "device-2", EventKind.DOWNLOADED, version=2)
+    say(roster, "device-3", EventKind.FAILED, version=3)
+    say(roster, "device-3", EventKind.FAILED, version=2, model="other")
+    for version in (None, 0, 2**63, 2**70):
+        say(roster, "device-3", EventKind.FAILED, version=version)
+    assert find_failed(roster) == {"device-1": False, "device-2": True}
+    since = roster.find_last_event()
+    assert find_failed(roster, since=since) == {}
+    say(roster, "device-1", EventKind.FAILED, version=2)
+    assert find_failed(roster, since=since) == {"device-1": True}
+    roster.revoke("device-1")
+    assert find_failed(roster) == {"device-2": True}
+    monkeypatch.setattr(module, "WORDS_KEPT", 3)
+    for version in range(10, 15):
+        say(roster, "device-2", EventKind.UPDATED, version=version)
+    kept = [version for version in range(1, 20) if roster.list_last_words("digits", version)]
+    assert kept == [3, 12, 13, 14], "3 is another device's"
 
 
 def test_event_is_on_disk_before_it_can_be_acknowledged(tmp_path):

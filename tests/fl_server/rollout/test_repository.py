@@ -18,7 +18,8 @@ from models.contract.encoding import build_digest
 from models.contract.errors import MalformedError
 from models.contract.manifest import FileEntry
 from models.contract.offer import COORDINATOR_KEY_TARGET, build_offer
-from models.contract.terms import Split
+from models.contract.terms import ProbationRules, ReleaseTerms, Role, Split
+from models.contract.wave import Requirements, Wave
 from tests.simulators.broker_memory import MemoryBroker
 from tests.simulators.kill import run_and_kill
 from tests.simulators.releases import ReleaseServer
@@ -122,11 +123,15 @@ def test_release_replaces_what_the_aliases_of_its_model_stood_for(
     }
 
 
+def build_challenge(split: Split) -> dict[Role, ReleaseTerms]:
+    return {"challenger": ReleaseTerms(role="challenger", version=2, split=split)}
+
+
 def test_challenger_is_signed_with_its_split_and_another_split_is_another_release(
     tmp_path: Path, repository: ReleaseRepository
 ) -> None:
     manifests = {"champion": load_manifest(tmp_path, 1), "challenger": load_manifest(tmp_path, 2)}
-    repository.set_release("digits", manifests, split=Split(weight=Decimal("0.1")), now=NOW)
+    repository.set_release("digits", manifests, terms=build_challenge(Split(weight=Decimal("0.1"))), now=NOW)
     custom = load_targets(repository, "releases").targets["releases/digits/challenger/manifest.json"].custom
     assert custom == {
         "schema_version": 1,
@@ -135,9 +140,43 @@ def test_challenger_is_signed_with_its_split_and_another_split_is_another_releas
         "split": {"weight": "0.1", "shadow": False},
     }
     before = repository.load_metadata()
-    repository.set_release("digits", manifests, split=Split(weight=Decimal("0.1")), now=NOW)
+    repository.set_release("digits", manifests, terms=build_challenge(Split(weight=Decimal("0.1"))), now=NOW)
     assert repository.load_metadata() == before
-    repository.set_release("digits", manifests, split=Split(shadow=True), now=NOW)
+    repository.set_release("digits", manifests, terms=build_challenge(Split(shadow=True)), now=NOW)
+    assert repository.load_metadata() != before
+
+
+def test_champion_is_signed_with_its_wave_and_what_it_asks_for_and_a_grown_wave_is_another_release(
+    tmp_path: Path, repository: ReleaseRepository
+) -> None:
+    manifests: dict[Role, bytes] = {"champion": load_manifest(tmp_path, 2), "previous": load_manifest(tmp_path, 1)}
+
+    def release(percentage: str) -> None:
+        wave = Wave(key="ab12", percentage=Decimal(percentage), devices=("kitchen",))
+        champion = ReleaseTerms(
+            role="champion",
+            version=2,
+            requirements=Requirements(hardware=("aarch64",)),
+            wave=wave,
+            probation=ProbationRules(seconds=60, max_latency_ratio=Decimal(2)),
+        )
+        repository.set_release("digits", manifests, terms={"champion": champion}, now=NOW)
+
+    release("12.5")
+    targets = load_targets(repository, "releases").targets
+    assert targets["releases/digits/champion/manifest.json"].custom == {
+        "schema_version": 1,
+        "role": "champion",
+        "version": 2,
+        "requirements": {"hardware": ["aarch64"], "agent": "", "regions": []},
+        "wave": {"key": "ab12", "percentage": "12.5", "devices": ["kitchen"]},
+        "probation": {"seconds": 60, "min_agreement": "0", "max_latency_ratio": "2"},
+    }
+    assert "wave" not in targets["releases/digits/previous/manifest.json"].custom
+    before = repository.load_metadata()
+    release("12.5")
+    assert repository.load_metadata() == before
+    release("50")
     assert repository.load_metadata() != before
 
 
@@ -157,6 +196,9 @@ def test_what_is_no_manifest_of_the_model_is_not_released(tmp_path: Path, reposi
         repository.set_release("digits", {"latest": manifest}, now=NOW)
     with pytest.raises(MalformedError):
         repository.set_release("digits", {"champion": b"{}"}, now=NOW)
+    others: dict[Role, ReleaseTerms] = {"champion": ReleaseTerms(role="champion", version=2)}
+    with pytest.raises(UsageError, match="the champion is version 1, its terms are of the champion, version 2"):
+        repository.set_release("digits", {"champion": manifest}, terms=others, now=NOW)
 
 
 def test_metadata_is_signed_again_when_a_quarter_of_its_lifetime_is_left(repository: ReleaseRepository) -> None:
