@@ -21,6 +21,7 @@ from edge_agent.children import forbid_core_dumps
 from edge_agent.collector import Collector
 from edge_agent.config import AgentSettings
 from edge_agent.errors import AgentError, RequestError, StalledError
+from edge_agent.gatekeeper import Gatekeeper
 from edge_agent.http.app import App, Device
 from edge_agent.http.guard import TOKEN_NAME, load_token
 from edge_agent.http.samples import parse_samples
@@ -111,6 +112,7 @@ class Agent:
             settings,
             updater=self._updater,
             reporter=self._reporter,
+            gatekeeper=Gatekeeper(settings, self._samples.keeper),
             load_samples_key=self._samples.keeper.load_key,
         )
 

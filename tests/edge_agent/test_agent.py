@@ -1,7 +1,9 @@
 """A whole device against a real broker: killed, cut off, lied to, and told to train."""
 
 import asyncio
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -73,7 +76,9 @@ def wait_event(observer: Observer, kind: str, said: str) -> dict:
     return find()[0]
 
 
-def build_command(sequence: int, *, key: Ed25519PrivateKey = KEY, run: str = "run-1", model: str = MODEL) -> bytes:
+def build_command(
+    sequence: int, *, key: Ed25519PrivateKey = KEY, run: str = "run-1", model: str = MODEL, idle_timeout_s: int = 5
+) -> bytes:
     now_s = int(time.time())
     command = WakeCommand(
         fleet=FLEET,
@@ -84,7 +89,7 @@ def build_command(sequence: int, *, key: Ed25519PrivateKey = KEY, run: str = "ru
         model=model,
         run=run,
         poll_interval_ms=100,
-        idle_timeout_s=5,
+        idle_timeout_s=idle_timeout_s,
     )
     return build_envelope(command, key)
 
@@ -181,6 +186,54 @@ def test_training_process_that_dies_is_an_event_and_serving_goes_on(
         assert ended["run"] == "run-1"
         assert httpx.post(device.url + INFER, json=GOOD).is_success
         wait_until(lambda: device.status()["training"] is None, "the run to be over")
+
+
+def find_trainer(device: AgentProcess) -> psutil.Process | None:
+    for child in psutil.Process(device.pid).children():
+        with contextlib.suppress(psutil.Error):
+            if "edge_agent.trainer" in child.cmdline():
+                return child
+    return None
+
+
+@pytest.mark.parametrize(
+    ("deadly", "said"), [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "said nothing for 2 s")]
+)
+def test_training_process_that_is_killed_for_memory_or_hangs_costs_no_answer_and_is_reported(
+    tmp_path: Path, broker: Mosquitto, observer: Observer, deadly: signal.Signals, said: str
+) -> None:
+    extra = f"{FEDERATION}[training]\nmax_round_s = 1\n"
+    with build_device(tmp_path, broker, extra=extra, trainable=True) as device:
+        wait_connected(device)
+        observer.publish(COMMAND, build_command(1, idle_timeout_s=1))
+        wait_until(lambda: find_trainer(device), "the training process")
+        trainer = find_trainer(device)
+        assert trainer is not None
+        trainer.send_signal(deadly)
+        statuses = []
+
+        def is_over() -> bool:
+            statuses.append(httpx.post(device.url + INFER, json=GOOD).status_code)
+            return device.status()["training"] is None
+
+        wait_until(is_over, "the run to be over")
+        assert set(statuses) == {200}
+        assert not trainer.is_running()
+        assert wait_event(observer, "TRAINING_ENDED", said)["run"] == "run-1"
+
+
+def test_machine_that_its_owner_keeps_from_training_says_so_and_starts_nothing(
+    tmp_path: Path, broker: Mosquitto, observer: Observer
+) -> None:
+    hour = (time.localtime().tm_hour + 12) % 24
+    extra = f'{FEDERATION}[training]\nhours = "{hour:02}:00-{hour:02}:01"\n'
+    with build_device(tmp_path, broker, extra=extra, trainable=True) as device:
+        wait_connected(device)
+        observer.publish(COMMAND, build_command(1))
+        refused = wait_event(observer, "TRAINING_REFUSED", "trains at other hours (training.hours)")
+        assert refused["run"] == "run-1"
+        assert device.status()["training"] is None
+        assert find_trainer(device) is None
 
 
 def test_events_come_again_after_a_kill_until_they_are_acknowledged(
