@@ -145,6 +145,7 @@ class Agent:
     async def _keep_outbox(self, stack: contextlib.AsyncExitStack) -> None:
         stack.callback(self._reporter.close)
         stack.callback(self._samples.keeper.close)
+        _start_task(stack, self._reporter.keep_sending())
 
     async def _load_active(self, _stack: contextlib.AsyncExitStack) -> None:
         version = self._updater.current()

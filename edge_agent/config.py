@@ -216,11 +216,22 @@ class ServingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TelemetrySettings:
-    """How often the device reports measurements of itself."""
+    """How often the device reports measurements of itself, and what waits while its broker is away.
+
+    Attributes:
+        kept_mb: Telemetry and events together; the oldest telemetry gives way first.
+        kept_days: After which telemetry gives way.
+    """
 
     interval_s: float = 60.0
+    kept_mb: int = 8
+    kept_days: float = 7.0
 
     def __post_init__(self) -> None:
+        if not 1 <= self.kept_mb <= 10_000:
+            raise ValueError(f"telemetry.kept_mb is {self.kept_mb}, must be in 1..10000")
+        if not 0 < self.kept_days <= 3650:
+            raise ValueError(f"telemetry.kept_days is {self.kept_days}, must be in (0, 3650]")
         if not 1 <= self.interval_s <= 86_400:
             raise ValueError(f"telemetry.interval_s is {self.interval_s}, must be in 1..86400")
 

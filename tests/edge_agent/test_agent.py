@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -134,6 +135,13 @@ def test_junk_on_every_topic_is_ignored_and_counted_and_the_model_answers(
         assert "Traceback" not in device.log_path.read_text()
 
 
+def read_telemetry(device: AgentProcess, *, since_s: float) -> list[dict]:
+    """Return what telemetry waits in the device's outbox."""
+    with contextlib.closing(sqlite3.connect(device.state_dir / "outbox.db")) as outbox:
+        query = "SELECT payload FROM items WHERE kind = 'telemetry' AND said_s >= ?"
+        return [json.loads(payload) for (payload,) in outbox.execute(query, (since_s,))]
+
+
 def test_device_serves_while_the_broker_is_gone_and_comes_back(
     tmp_path: Path, broker: Mosquitto, observer: Observer
 ) -> None:
@@ -141,16 +149,19 @@ def test_device_serves_while_the_broker_is_gone_and_comes_back(
         wait_connected(device)
         wait_until(lambda: observer.documents("telemetry"), "telemetry")
         broker.kill()
+        lost_s = time.time()
         wait_until(lambda: not device.status()["connected"], "the loss to be noticed")
         assert httpx.post(device.url + INFER, json=GOOD).is_success
-        wait_until(lambda: device.status()["dropped_messages"] > 0, "lost telemetry to be counted")
+        wait_until(lambda: read_telemetry(device, since_s=lost_s), "telemetry to be kept")
+        kept = read_telemetry(device, since_s=lost_s)[0]
+        device.kill()
         broker.start()
-        wait_connected(device)
         with Observer(broker.port) as again:
-            wait_until(lambda: again.documents("telemetry"), "telemetry again")
-            telemetry = again.documents("telemetry")[-1]
-            assert telemetry["rss_mb"] > 10
-            assert telemetry["version"] == 1
+            device.start()
+            wait_until(lambda: kept in again.documents("telemetry"), "the telemetry that was kept")
+            assert (kept["version"], kept["dropped"]) == (1, 0)
+            assert kept["rss_mb"] > 10
+            wait_until(lambda: kept not in read_telemetry(device, since_s=lost_s), "it to leave the outbox")
 
 
 def test_forged_replayed_and_foreign_commands_are_refused_and_reported(
@@ -255,6 +266,26 @@ def test_events_come_again_after_a_kill_until_they_are_acknowledged(
             wait_connected(device)
             again.publish(build_device_topic(FLEET, DEVICE, Channel.ACK), build_json(Ack(ids=(event["id"],))))
             wait_until(lambda: device.status()["unsent_events"] == 0, "the event to be acknowledged")
+
+
+def test_hundred_events_of_a_killed_device_arrive_after_its_and_the_brokers_restart(
+    tmp_path: Path, broker: Mosquitto, observer: Observer
+) -> None:
+    forger = Ed25519PrivateKey.generate()
+    with build_device(tmp_path, broker, extra=FEDERATION) as device:
+        wait_connected(device)
+        for number in range(1, 101):
+            observer.publish(COMMAND, build_command(number, key=forger))
+            wait_until(lambda: device.status()["unsent_events"] >= number, f"event {number} to wait")  # noqa: B023
+        broker.kill()
+        device.kill()
+        broker.start()
+        with Observer(broker.port) as again:
+            device.start()
+            wait_until(lambda: len({event["id"] for event in again.documents("event")}) == 100, "all events")
+            ids = tuple({event["id"] for event in again.documents("event")})
+            again.publish(build_device_topic(FLEET, DEVICE, Channel.ACK), build_json(Ack(ids=ids)))
+            wait_until(lambda: device.status()["unsent_events"] == 0, "all events to be acknowledged")
 
 
 class Releases:
