@@ -27,11 +27,11 @@ from models.contract.offer import build_offer
 from tests.bench.load import finish, measure, running
 from tests.bench.peers import prepare_peers, running_peer
 from tests.bench.servers import Server, build_json_request, running_agent, running_server
-from tests.bench.versions import BenchVersion, build_version, copy_as
+from tests.bench.versions import BenchVersion, build_version, copy_as, load_litert_version
 from tests.simulators.agent import find_free_port
 from tests.simulators.mosquitto import Mosquitto
 
-FLEET, DEVICE, MODEL = "bench", "device-1", "digits"
+FLEET, DEVICE = "bench", "device-1"
 STARTS = 3
 SWAPS = 100
 SWAP_TIMEOUT_S = 60.0
@@ -48,13 +48,14 @@ def run() -> dict[str, float]:
         Path(directory, "device").mkdir()
         following = copy_as(build_version("digits_next"), 2, Path(directory, "version-2"))
         figures = asyncio.run(measure_agent(Path(directory), broker.port, version, following))
+        figures |= asyncio.run(measure_litert(Path(directory, "litert"), broker.port, load_litert_version()))
     return figures | measure_alone(version) | measure_peers(version)
 
 
 async def measure_agent(directory: Path, broker_port: int, version: BenchVersion, following: Path) -> dict[str, float]:
     """Return memory, start and swaps of `edge-agent run`."""
     request = build_json_request(version)
-    async with _coordinating(directory / "server", broker_port) as fleet:
+    async with _coordinating(directory / "server", broker_port, version.manifest.model) as fleet:
         device_dir = directory / "device"
         with fleet.running_device(device_dir) as agent:
             await fleet.release(version.directory, 1)
@@ -70,6 +71,20 @@ async def measure_agent(directory: Path, broker_port: int, version: BenchVersion
             figures |= await measure_swaps(fleet, agent, request, (version.directory, following))
             figures["agent_at_rest_after_swaps_mb"] = _rest(agent)
     return figures
+
+
+async def measure_litert(directory: Path, broker_port: int, version: BenchVersion) -> dict[str, float]:
+    """Return memory of `edge-agent run` with a TFLite version."""
+    device_dir, number = directory / "device", version.manifest.version
+    device_dir.mkdir(parents=True)
+    async with _coordinating(directory, broker_port, version.manifest.model) as fleet:
+        with fleet.running_device(device_dir):
+            await fleet.release(version.directory, number)
+        with fleet.running_device(device_dir) as agent:
+            await fleet.wait_for(number)
+            _keep_sample(agent, version)
+            measure(agent.tcp, build_json_request(version), connections=1, seconds=0.5)
+            return {"agent_litert_at_rest_mb": _rest(agent)}
 
 
 async def measure_swaps(
@@ -126,15 +141,15 @@ def measure_peers(version: BenchVersion) -> dict[str, float]:
 class _Fleet:
     """A coordinator's release path, and the one device that follows it."""
 
-    def __init__(self, path: Path, link: Link, broker_port: int) -> None:
-        self._link, self._broker_port = link, broker_port
+    def __init__(self, path: Path, link: Link, broker_port: int, model: str) -> None:
+        self._link, self._broker_port, self._model = link, broker_port, model
         self._repository = ReleaseRepository.create(Directory(path), now=datetime.now(UTC))
         self._publisher = Publisher(fleet=FLEET, record_path=path / "published.json", publish=link.publish)
 
     async def release(self, version_dir: Path, number: int) -> None:
         """Make a version what the device should run, and wait until it does."""
         manifest = (version_dir / MANIFEST_NAME).read_bytes()
-        self._repository.set_release(MODEL, {"champion": manifest}, now=datetime.now(UTC))
+        self._repository.set_release(self._model, {"champion": manifest}, now=datetime.now(UTC))
         pem = self._repository.build_coordinator_pem()
         blobs: dict[str, Path | bytes] = {build_digest(pem): pem, **list_blobs(version_dir)}
         await self._publisher.publish(build_offer(self._repository.load_metadata()), blobs)
@@ -156,7 +171,7 @@ class _Fleet:
         (directory / "root.json").write_bytes(self._repository.load_root())
         config_path = directory / "edge-agent.toml"
         config_path.write_text(
-            f'device_id = "{DEVICE}"\nfleet = "{FLEET}"\nmodel = "{MODEL}"\nstate_dir = "state"\n'
+            f'device_id = "{DEVICE}"\nfleet = "{FLEET}"\nmodel = "{self._model}"\nstate_dir = "state"\n'
             f'tuf_root_path = "root.json"\n[http]\nport = {port}\nuds = "{uds}"\n'
             f"[broker]\nport = {self._broker_port}\n"
         )
@@ -167,11 +182,11 @@ class _Fleet:
 
 
 @asynccontextmanager
-async def _coordinating(path: Path, broker_port: int) -> AsyncIterator[_Fleet]:
+async def _coordinating(path: Path, broker_port: int, model: str) -> AsyncIterator[_Fleet]:
     async with Link(host="127.0.0.1", port=broker_port, fleet=FLEET) as link:
         while not isinstance(await link.receive(), Connected):
             pass
-        yield _Fleet(path, link, broker_port)
+        yield _Fleet(path, link, broker_port, model)
 
 
 def _keep_sample(agent: Server, version: BenchVersion) -> None:

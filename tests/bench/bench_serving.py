@@ -29,7 +29,7 @@ from tests.bench.servers import (
     running_agent,
     running_bare,
 )
-from tests.bench.versions import REPOSITORY, BenchVersion, build_version, feeds
+from tests.bench.versions import LITERT_DIR, BenchVersion, build_version, feeds
 
 TURNS = 5
 PEER_TURNS = 3  # where one server is many times as fast as the other
@@ -38,7 +38,6 @@ CALLS_S = 0.5  # of calls in this process, half of them before it and half after
 SLICES = 61
 SLICE_S = 0.015  # a core changes its speed from one tenth of a second to the next
 CONNECTIONS = (1, 8, 64)
-LITERT_DIR = REPOSITORY / "tests" / "data" / "tflite-version"
 
 Call = Callable[[], object]
 

@@ -23,6 +23,7 @@ from models.contract.manifest import MANIFEST_NAME, ModelManifest, build_manifes
 from models.definitions import ModelDefinition, TensorSpec, digits
 
 REPOSITORY = Path(__file__).parents[2]
+LITERT_DIR = REPOSITORY / "tests" / "data" / "tflite-version"
 SAMPLES = 1000
 WORDS, LENGTH = 1000, 32  # of the embedding classifier
 
@@ -97,6 +98,14 @@ class BenchVersion:
     @property
     def input_name(self) -> str:
         return self.manifest.inputs[0].name
+
+
+def load_litert_version() -> BenchVersion:
+    """Return the packaged TFLite model of the tests."""
+    manifest = parse_manifest((LITERT_DIR / MANIFEST_NAME).read_bytes())
+    (spec,) = manifest.inputs
+    x = np.zeros((SAMPLES, *spec.row_shape), spec.numpy_dtype)
+    return BenchVersion(directory=LITERT_DIR, manifest=manifest, x=x, y=np.zeros(SAMPLES, np.int64))
 
 
 def build_version(name: str) -> BenchVersion:
