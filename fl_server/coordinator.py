@@ -134,6 +134,8 @@ class Coordinator:
                             logger.warning("the broker is away")
                         case FromDevice():
                             messages.append(item)
+                if not messages:
+                    continue
                 try:
                     kept = await intake.keep(messages)
                 except sqlite3.Error as error:  # an event that was not acknowledged comes again

@@ -164,6 +164,22 @@ def test_device_serves_while_the_broker_is_gone_and_comes_back(
             wait_until(lambda: kept not in read_telemetry(device, since_s=lost_s), "it to leave the outbox")
 
 
+def test_device_that_is_away_for_longer_than_it_keeps_telemetry_says_how_much_is_lost(
+    tmp_path: Path, broker: Mosquitto, observer: Observer
+) -> None:
+    extra = "[telemetry]\ninterval_s = 1\nkept_days = 0.00002\n"  # 1.7 s
+    with build_device(tmp_path, broker, extra=extra) as device:
+        wait_connected(device)
+        broker.kill()
+        wait_until(lambda: device.status()["dropped_messages"] >= 2, "telemetry to be dropped")
+        broker.start()
+        with Observer(broker.port) as again:
+            wait_until(lambda: again.documents("telemetry"), "telemetry again")
+            wait_until(lambda: again.documents("telemetry")[-1]["dropped"] >= 2, "the loss to be told")
+            assert len(again.documents("status")) == 1  # only how it is now
+            assert again.documents("status")[0]["online"]
+
+
 def test_forged_replayed_and_foreign_commands_are_refused_and_reported(
     tmp_path: Path, broker: Mosquitto, observer: Observer
 ) -> None:
