@@ -1,4 +1,4 @@
-# Everything a person needs: demo, test, check, bench. Each works on a fresh machine with Python 3.11.
+# Everything a person needs: demo, test, check, bench, soak. Each works on a fresh machine with Python 3.11.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,8 +9,10 @@ DEVICES ?= 8
 ROUNDS ?= 6
 EPSILON ?= 8
 OUT ?= demo-out
+# How long processes are killed.
+MINUTES ?= 30
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench soak clean
 
 demo: $(VENV)/.server $(VENV)/.broker
 	$(BIN)/fl-server demo --devices $(DEVICES) --rounds $(ROUNDS) --epsilon $(EPSILON) --out $(OUT)
@@ -29,8 +31,11 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev $(VENV)/.broker
 	$(BIN)/python -m tests.bench --out bench.json
 
+soak: $(VENV)/.dev $(VENV)/.broker
+	$(BIN)/python -m tests.bench.soak --minutes $(MINUTES) --out soak.json
+
 clean:
-	rm -rf $(VENV) demo-out bench.json
+	rm -rf $(VENV) demo-out bench.json soak.json
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

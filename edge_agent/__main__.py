@@ -174,6 +174,19 @@ def infer(options: argparse.Namespace) -> None:
         print(f"{summary.rows} rows of {options.input} are answered in {summary.output}")
 
 
+def doctor(options: argparse.Namespace) -> None:
+    """Test what this device needs, and say what to do."""
+    from datetime import UTC, datetime
+
+    from edge_agent.doctor import examine
+    from models.doctor.findings import describe, find_failures
+
+    findings = examine(options.config, now=datetime.now(UTC))
+    print(describe(findings, as_json=options.json))
+    if failures := find_failures(findings):
+        raise AgentError(failures)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="edge-agent", description="Serves a model on this device and trains it in private."
@@ -182,6 +195,9 @@ def build_parser() -> argparse.ArgumentParser:
     serving = _add_command(commands, run)
     serving.add_argument("--config", type=Path, default=CONFIG_PATH, metavar="FILE", help="default: %(default)s")
     _describe_serve(_add_command(commands, serve))
+    examining = _add_command(commands, doctor)
+    examining.add_argument("--config", type=Path, default=CONFIG_PATH, metavar="FILE", help="default: %(default)s")
+    examining.add_argument("--json", action="store_true", help="print JSON")
     for command in (status, predict, infer, ingest, feedback, forget, privacy):
         asking = _add_command(commands, command)
         asking.add_argument("--config", type=Path, metavar="FILE", help=f"default: {CONFIG_PATH}")

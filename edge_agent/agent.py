@@ -44,6 +44,7 @@ from models.contract.encoding import parse_json
 from models.contract.errors import ContractError, MalformedError
 from models.contract.manifest import ModelManifest
 from models.contract.messages import MESSAGE_MAX_BYTES, Ack, EventKind
+from models.contract.service import READY, STOPPING, feed_watchdog, notify
 from models.contract.settings import SettingsError
 from models.contract.topics import Channel, build_device_topic, build_offer_topic
 
@@ -124,6 +125,7 @@ class Agent:
             ("outbox", self._keep_outbox),
             ("model", self._load_active),
             ("http", self._start_http),
+            ("readiness", self._tell_ready),
             ("challenger", self._start_owners_challenger),
             ("retention", self._start_retention),
             ("sensor", self._start_sensor),
@@ -138,6 +140,7 @@ class Agent:
                 await step(stack)
             log.info("%s serves on %s:%d", self._settings.device_id, self._settings.http.host, self._settings.http.port)
             await self._stopped.wait()
+            notify(STOPPING)
             log.info("stopping")
 
     # Steps
@@ -164,6 +167,10 @@ class Agent:
         address = None if grpc is None else (grpc.host, grpc.port)
         answering = self._server.answer(app, self._sockets, on_end=self._stopped.set, grpc_address=address)
         await stack.enter_async_context(answering)
+
+    async def _tell_ready(self, stack: contextlib.AsyncExitStack) -> None:
+        _start_task(stack, feed_watchdog())
+        notify(READY)
 
     async def _start_owners_challenger(self, stack: contextlib.AsyncExitStack) -> None:
         if self._settings.serving.challenger is not None:

@@ -14,6 +14,7 @@ from edge_agent.samples.keeper import SampleKeeper
 from edge_agent.samples.keys import fetch_key, load_key
 from edge_agent.samples.sealing import Array
 from edge_agent.samples.store import Retention
+from edge_agent.training.local import forget_local
 from models.contract.manifest import ModelManifest
 from models.tensors.features import RowError, build_inputs
 
@@ -32,6 +33,7 @@ class Collector:
         self._rules = build_rules(settings)
         self._forget_by = settings.samples.forget_by
         self._lock = threading.Lock()  # nothing comes back that was forgotten while it was on its way
+        self._training_dir = settings.training_dir
         self.keeper = _build_keeper(settings)
         self._feedback: FeedbackBuffer | None = None
         if settings.samples.consent:
@@ -111,7 +113,7 @@ class Collector:
                 raise
 
     def forget(self, ids: Sequence[int | str] = (), where: Mapping[str, Any] | None = None) -> Forgotten:
-        """Forget samples, and what waits to become one; no byte of them is in any file on return.
+        """Forget samples, what waits to become one, and local parameters; no byte of them is in any file on return.
 
         Args:
             ids: Of samples (numbers) and of answered requests (text).
@@ -131,6 +133,7 @@ class Collector:
             else:
                 waiting = self._feedback.forget(lambda name, _: not ids or name in ids) if self._feedback else 0
                 forgotten = self.keeper.forget([row for row in ids if isinstance(row, int)] if ids else None)
+            forget_local(self._training_dir)  # last: a round that begins now finds neither
         return Forgotten(forgotten=forgotten, waiting=waiting, kept=self.keeper.count())
 
     def _find_manifest(self) -> ModelManifest:

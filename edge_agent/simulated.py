@@ -19,14 +19,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from edge_agent.errors import AgentError, StalledError
 from edge_agent.training.bounded_sgd import bounded_training
 from edge_agent.training.dp_sgd import local_training
+from edge_agent.training.local import load_initial
 from edge_agent.training.step import Step, open_step
 from models.contract.encoding import parse_json
 from models.contract.envelope import TrainOrder, open_envelope
 from models.contract.errors import ContractError
-from models.contract.manifest import MANIFEST_NAME, TrainingContract, parse_manifest
+from models.contract.manifest import MANIFEST_NAME, ModelManifest, parse_manifest
 from models.contract.privacy import Unit
 from models.contract.simulation import UPDATE_LENGTH_BYTES, SimulationJob, VirtualRound
-from models.tensors.layout import Vector, parse_vector_bytes
+from models.tensors.layout import Vector, build_vector_bytes, parse_vector_bytes
 from models.tensors.noise import Entropy, Keystream, draw_gaussian, draw_poisson
 from models.tensors.uplink import encode_update
 
@@ -59,10 +60,10 @@ def play(words: BinaryIO) -> Iterator[bytes]:
     manifest = parse_manifest(Path(job.graph_dir, MANIFEST_NAME).read_bytes())
     step = open_step(Path(job.graph_dir), manifest, job.definition)
     assert manifest.training is not None  # the step opened
-    device = _Devices(job, step, manifest.training, manifest.training_input.dtype)
+    device = _Devices(job, step, manifest)
     while line := words.readline():
         asked = parse_json(line, VirtualRound, max_bytes=LINE_MAX_BYTES)
-        parameters = parse_vector_bytes(words.read(4 * step.size))
+        parameters = parse_vector_bytes(words.read(4 * manifest.training.shared.size))
         for device_id, envelope in asked.envelopes.items():
             update = device.train(device_id, parameters, envelope)
             yield len(update).to_bytes(UPDATE_LENGTH_BYTES, "little") + update
@@ -71,8 +72,11 @@ def play(words: BinaryIO) -> Iterator[bytes]:
 class _Devices:
     """All devices of a job; one is as good as another until it gets its samples."""
 
-    def __init__(self, job: SimulationJob, step: Step, contract: TrainingContract, dtype: str) -> None:
-        self._job, self._step, self._target, self._dtype = job, step, contract.target, dtype
+    def __init__(self, job: SimulationJob, step: Step, manifest: ModelManifest) -> None:
+        assert manifest.training is not None
+        self._job, self._step = job, step
+        self._target, self._dtype = manifest.training.target, manifest.training_input.dtype
+        self._initial = load_initial(Path(job.graph_dir), manifest)
         self._key = Ed25519PublicKey.from_public_bytes(job.coordinator_key)
 
     def train(self, device_id: str, parameters: Vector, envelope: bytes) -> bytes:
@@ -86,13 +90,24 @@ class _Devices:
             y = arrays["y"].astype(self._target.dtype, copy=False).reshape(-1, *self._target.row_shape)
         entropy = _choose_entropy(self._job.seed, f"{device_id} {order.round}")
         noise, sampler = partial(draw_gaussian, entropy=entropy), partial(draw_poisson, entropy=entropy)
-        plans = order.privacy, order.training
+        plans, is_local = (order.privacy, order.training), self._step.is_local
+        start = np.empty(self._step.size, np.float32)
+        start[is_local], start[~is_local] = self._load_local(device_id), parameters
         if order.privacy.unit is Unit.DEVICE:
-            update = bounded_training(self._step, x, y, parameters, *plans, sampler)
+            moved = bounded_training(self._step, x, y, start, *plans, sampler)
         else:
-            update = local_training(self._step, x, y, parameters, *plans, noise, sampler)
+            moved = local_training(self._step, x, y, start, *plans, noise, sampler)
+        if is_local.any():
+            self._get_local_path(device_id).write_bytes(build_vector_bytes((start + moved)[is_local]))
         rounding = np.random.default_rng(int.from_bytes(entropy(16), "little"))
-        return encode_update(update, order.training.uplink, rounding)
+        return encode_update(moved[~is_local], order.training.uplink, rounding)
+
+    def _load_local(self, device_id: str) -> Vector:
+        path = self._get_local_path(device_id)
+        return parse_vector_bytes(path.read_bytes()) if path.exists() else self._initial
+
+    def _get_local_path(self, device_id: str) -> Path:
+        return Path(self._job.local_dir, f"{device_id}.f32")
 
 
 def _choose_entropy(seed: int | None, purpose: str) -> Entropy:

@@ -20,12 +20,14 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from edge_agent.children import forbid_core_dumps
 from edge_agent.errors import AgentError, EngineError, StalledError
+from edge_agent.samples.cipher import open_cipher
 from edge_agent.samples.store import SampleStore, open_samples
 from edge_agent.training import node
 from edge_agent.training.bounded_sgd import bounded_training
 from edge_agent.training.dp_sgd import local_training
 from edge_agent.training.job import TrainingEvent, TrainingJob, build_event, parse_job
 from edge_agent.training.ledger import Ledger, NoCopyError, open_ledger
+from edge_agent.training.local import LocalParameters, load_initial
 from edge_agent.training.session import TrainingSession
 from edge_agent.training.step import Step, open_step
 from edge_agent.training.updates import UpdateStore
@@ -78,9 +80,12 @@ def train(job: TrainingJob, *, report: Callable[[TrainingEvent], None]) -> None:
     except EngineError as error:
         report(TrainingEvent(event="refused", message=str(error)))
         return
+    assert manifest.training is not None  # the step opened
     training_dir = Path(job.training_dir)
     updates = UpdateStore(training_dir / UPDATES_NAME)
     samples_key = bytes.fromhex(job.samples_key)
+    initial = load_initial(Path(job.graph_dir), manifest)
+    local = LocalParameters(training_dir, manifest, initial, open_cipher(samples_key))
     with (
         open_ledger(training_dir / LEDGER_NAME) as ledger,
         open_samples(Path(job.samples_path), model=job.model, key=samples_key) as samples,
@@ -94,10 +99,11 @@ def train(job: TrainingJob, *, report: Callable[[TrainingEvent], None]) -> None:
         session = TrainingSession(
             job=job,
             graph_digest=manifest.step_digest,
-            size=step.size,
+            size=manifest.training.shared.size,
             key=key,
             ledger=ledger,
             updates=updates,
+            local=local,
             train=_build_training(step, samples, manifest),
             report=report,
         )

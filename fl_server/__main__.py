@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_keys(subparsers)
     _add_train(subparsers)
     _add_simulate(subparsers)
+    _add_doctor(subparsers)
     _add_demo(subparsers)
     return parser
 
@@ -110,6 +111,12 @@ def _add_devices(subparsers: _Subparsers) -> None:
     parser.set_defaults(execute=commands.run_devices)
 
 
+def _add_doctor(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "doctor", "test what the coordinator needs, and say what to do")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(execute=commands.run_doctor)
+
+
 def _add_package(subparsers: _Subparsers) -> None:
     parser = _add_with_config(subparsers, "package", "make a model version from a definition or a finished graph")
     parser.add_argument(
@@ -163,6 +170,9 @@ def _add_keys(subparsers: _Subparsers) -> None:
     rotate.set_defaults(execute=key_commands.run_rotate)
     renew = _add(actions, "renew", "sign again: what expires soon, or the roles named")
     renew.add_argument("roles", nargs="*", metavar="ROLE", help="of fl-server keys")
+    renew.add_argument(
+        "--restored", action="store_true", help="after a restore: with versions above all that devices saw"
+    )
     renew.set_defaults(execute=key_commands.run_renew)
     for action in (rotate, renew):  # what stands before the action holds, too
         action.add_argument(

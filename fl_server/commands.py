@@ -8,7 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TextIO
 
-from fl_server.config import ServerSettings, load_server_settings
+from fl_server.config import ServerSettings, find_missing, load_server_settings
 from fl_server.directory import Directory
 from fl_server.errors import ServerError, UsageError
 from fl_server.fleet.enrolment import Federation, enroll_device
@@ -34,6 +34,9 @@ def run_init(arguments: Namespace) -> None:
 
 def run_coordinator(arguments: Namespace) -> None:
     settings, directory = _load(arguments)
+    for model in settings.models:
+        if missing := find_missing(settings, model, directory.path):
+            raise UsageError(f"{missing[0]}: missing or unreadable")
     with holding_lock(directory.lock_path):
         from fl_server.coordinator import run
 
@@ -79,6 +82,18 @@ def run_devices(arguments: Namespace) -> None:
         print(
             f"{row['device']:<24} {row['state']:<8} {row['model'] or '-':<16} {version:>7} {row['update'] or '-':<9} {trains}"
         )
+
+
+def run_doctor(arguments: Namespace) -> None:
+    from datetime import UTC, datetime
+
+    from fl_server.doctor import examine
+    from models.doctor.findings import describe, find_failures
+
+    findings = examine(arguments.config, now=datetime.now(UTC))
+    print(describe(findings, as_json=arguments.json))
+    if failures := find_failures(findings):
+        raise ServerError(failures)
 
 
 def run_package(arguments: Namespace) -> None:

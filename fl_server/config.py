@@ -1,5 +1,6 @@
 """Configuration of a coordinator: `fl-server.toml`, environment variables `FL_SERVER_…` over it."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,6 +123,20 @@ def resolve_definition(settings: ServerSettings, model: str, directory: Path) ->
         raise SettingsError(f"{directory / CONFIG_NAME}: no section [models.{model}]; models here: {known}")
     source, name = settings.models[model].definition.rsplit(":", 1)
     return f"{directory / source}:{name}" if source.endswith(".py") else f"{source}:{name}"
+
+
+def find_missing(settings: ServerSettings, model: str, directory: Path) -> list[str]:
+    """Return the keys of `model` that name a file which cannot be read, each with its file."""
+    section = settings.models[model]
+    source = resolve_definition(settings, model, directory).rsplit(":", 1)[0]
+    named = {"validation": section.validation, "calibration": section.calibration}
+    if source.endswith(".py"):
+        named["definition"] = Path(source)
+    return [
+        f"models.{model}.{key}: {path}"
+        for key, path in named.items()
+        if path and not (path.is_file() and os.access(path, os.R_OK))
+    ]
 
 
 def _check_address(host: str, port: int) -> None:

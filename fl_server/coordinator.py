@@ -5,6 +5,7 @@ nodes       enrolled devices become nodes of the SuperLink, revoked ones are non
 messages    what the fleet says, onto the roster; retained state again after a reconnect
 jobs        what operators ask for, one at a time
 metadata    what is signed, signed again before it expires, and published if the broker lacks it
+watchdog    tells systemd, where it started this service, that the loop turns
 """
 
 import asyncio
@@ -33,6 +34,7 @@ from fl_server.training_run import RunResult, Services, TrainingRun
 from models.contract.encoding import build_json
 from models.contract.errors import ContractError
 from models.contract.messages import Ack, Event, Status
+from models.contract.service import READY, STOPPING, feed_watchdog, notify
 from models.contract.topics import Channel, build_device_topic
 
 logger = logging.getLogger(__name__)
@@ -62,8 +64,13 @@ def run(settings: ServerSettings, directory: Directory) -> None:
 async def _serve(settings: ServerSettings, directory: Directory, roster: Roster, jobs: Jobs) -> None:
     loop, main = asyncio.get_running_loop(), asyncio.current_task()
     assert main is not None
+
+    def end() -> None:
+        notify(STOPPING)
+        main.cancel()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, main.cancel)
+        loop.add_signal_handler(number, end)
     async with Link(host=settings.broker.host, port=settings.broker.port, fleet=settings.fleet) as link:
         coordinator = Coordinator(settings, directory, roster, jobs, link)
         try:
@@ -106,6 +113,7 @@ class Coordinator:
             "messages": self._listen,
             "jobs": self._work,
             "metadata": self._keep_published,
+            "watchdog": feed_watchdog,
         }
 
     async def _keep_registered(self) -> None:
@@ -115,6 +123,8 @@ class Coordinator:
                 members = [device for device in self._roster.list_devices() if device.revoked_at is None]
                 if is_first or any(device.node_id is None for device in members):
                     await self._superlink.register_devices()
+                    if is_first:
+                        notify(READY)  # the SuperLink answers, and the other steps have begun
                     is_first = False
                 await self._superlink.unregister_revoked()
             except (RunError, sqlite3.Error) as error:
@@ -152,6 +162,8 @@ class Coordinator:
                 case Status() as status:
                     if self._run and _may_come_now(item.before, status):
                         await self._run.wake_absent(only=item.device_id)
+                    if self._run and item.before and item.before.online and not status.online:
+                        self._run.note_offline(item.device_id)
                 case Event() as event:
                     told.setdefault(item.device_id, []).append(event.id)
                     if item.is_new:

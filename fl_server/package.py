@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fl_server.directory import Directory
-from fl_server.errors import UsageError
+from fl_server.errors import DefinitionError, UsageError
 from fl_server.evaluation.answers import measure_answers
 from fl_server.evaluation.evaluate import measure_quality
 from fl_server.held_out import HeldOutData, load_held_out, load_named_data
@@ -168,13 +168,18 @@ def _load_or_export(definition: ModelDefinition, directory: Path, say: Say) -> A
         say(f"exporting {definition.name}; once, it takes some seconds")
         return export_architecture(definition, directory)
     architecture = load_architecture(directory)
-    asked = (definition.inputs, definition.outputs, definition.labels, definition.batch)
-    if (architecture.inputs, architecture.outputs, architecture.labels, architecture.training.batch) != asked:
+    training = architecture.training
+    try:
+        local = definition.find_local(training.layout.names)
+    except ValueError as error:
+        raise DefinitionError(f"{definition.name}: {error}") from error
+    asked = (definition.inputs, definition.outputs, definition.labels, definition.batch, local)
+    if (architecture.inputs, architecture.outputs, architecture.labels, training.batch, training.local) != asked:
         raise UsageError(
             f"{directory} was exported from another definition of {definition.name!r}; "
             "remove that folder, or give the new definition a name of its own"
         )
-    needs = "; it trains with the Opacus engine" if architecture.training.engine == "opacus" else ""
+    needs = "; it trains with the Opacus engine" if training.engine == "opacus" else ""
     say(f"using the architecture in {directory}{needs}; remove it if the definition has changed")
     return update_wishes(architecture, definition)
 

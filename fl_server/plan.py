@@ -35,7 +35,7 @@ def build_spec(
         run: Its name.
         request: What was asked for.
         champion: The version that the run starts from.
-        layout: Of its parameters.
+        layout: Of its parameters that travel.
         devices: Flower node ids by device id, at least one.
         settings: The coordinator's.
         directory: The coordinator's.

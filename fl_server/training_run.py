@@ -29,6 +29,7 @@ from fl_server.release import Releases
 from fl_server.rounds import run as rounds
 from fl_server.rounds.events import Abandoned, Done, Event, Joined, RoundCompleted, UpdateRefused, parse_event
 from fl_server.rounds.spool import discard_updates
+from fl_server.rounds.words import build_gone
 from fl_server.spent import keep_spent, keep_spooled
 from fl_server.superlink import SuperLink
 from models.contract.encoding import build_json, parse_json
@@ -37,10 +38,12 @@ from models.contract.manifest import PARAMETERS_NAME, Lineage
 from models.contract.messages import Event as DeviceEvent
 from models.contract.messages import EventKind
 from models.contract.privacy import PrivacyPlan, Unit
+from models.tensors.layout import Vector
 
 OUTCOME_NAME = "outcome.json"
 DRIVER_RESTARTS = 5  # of one that was killed, without a completed round between; one that reports an error has ended
 DRIVER_PAUSE_S = 1.0
+OFFLINE_GRACE_S = 10.0  # a broker that restarts says that of all, and they come back; what they train goes on meanwhile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +102,8 @@ class TrainingRun:
         self._spec: rounds.RunSpec | None = None
         self._absent: set[str] = set()
         self._woken_again: set[str] = set()  # in the round under way, since their training process ended
+        self._driver: Process | None = None
+        self._round = 1  # under way
 
     async def execute(self) -> RunResult:
         """Run to the end.
@@ -135,9 +140,23 @@ class TrainingRun:
             return
         if event.kind in (EventKind.TRAINING_REFUSED, EventKind.ORDER_REFUSED):
             self._say(f"{device_id}: {event.message}")
+        if event.kind in (EventKind.TRAINING_REFUSED, EventKind.TRAINING_ENDED):
+            self._tell_gone(device_id, event.round or self._round)
         if event.kind is EventKind.TRAINING_ENDED and device_id not in self._woken_again:
             self._woken_again.add(device_id)  # once a round: one that cannot live would be started for ever
             await self._services.announcer.wake(self._spec, {device_id})
+
+    def note_offline(self, device_id: str) -> None:
+        """Let the round under way wait for the others alone, unless the device is back in a moment."""
+        asyncio.get_running_loop().call_later(OFFLINE_GRACE_S, self._tell_if_away, device_id, self._round)
+
+    def _tell_if_away(self, device_id: str, number: int) -> None:
+        if device_id not in {device.device_id for device in self._services.roster.list_devices() if device.may_train}:
+            self._tell_gone(device_id, number)
+
+    def _tell_gone(self, device_id: str, number: int) -> None:
+        if self._driver is not None and self._driver.stdin is not None:
+            self._driver.stdin.write(build_gone(device_id, number))
 
     async def _prepare(self) -> rounds.RunSpec:
         """Return the run's specification, made on the first call."""
@@ -167,20 +186,21 @@ class TrainingRun:
     def _create(self, devices: dict[str, int]) -> None:
         champion, architecture = self._services.releases.load_champion(self._request.model)
         check_unit(self._run_dir.parent, champion.load_manifest(), self._request.unit)
-        layout = architecture.training.layout
+        training = architecture.training
         spec = build_spec(
             self._run,
             self._request,
             champion=champion.load_manifest(),
-            layout=layout,
+            layout=training.shared,
             devices=devices,
             settings=self._services.settings,
             directory=self._services.directory,
         )
-        parameters = load_parameters(champion.directory / PARAMETERS_NAME, layout)
+        parameters = load_parameters(champion.directory / PARAMETERS_NAME, training.layout)
+        shared = training.shared.flatten({name: parameters[name] for name in training.shared.names})
         self._run_dir.mkdir(exist_ok=True)
         save_atomically(self._run_dir / BASE_NAME, champion.load_manifest_bytes())
-        rounds.create_run(self._run_dir, spec, layout.flatten(parameters))
+        rounds.create_run(self._run_dir, spec, shared)
 
     async def _drive_to_end(self, spec: rounds.RunSpec) -> None:
         log_path = self._services.directory.logs_dir / f"{spec.run}.log"
@@ -189,8 +209,10 @@ class TrainingRun:
         while True:
             concluded, self._absent = self._concluded, set(spec.devices)
             async with running(f"driver of run {spec.run}", command, log_path=log_path, piped=True) as driver:
+                self._driver = driver
                 await self.wake_absent()
                 is_done = await self._follow(spec, driver)
+                self._driver = None
                 code = await driver.wait()
             if is_done:
                 return
@@ -219,6 +241,7 @@ class TrainingRun:
                 self._say(f"{len(event.devices)} of {len(spec.devices)} devices joined")
                 await self.wake_absent()
             case RoundCompleted():
+                self._round = event.round + 1
                 keep_spent(self._services.roster, spec, event.round, event.accepted)
                 # Of unit device all are woken alike: what travels must not tell who took part.
                 seen = set(event.accepted) if spec.privacy.unit is Unit.SAMPLE else set()
@@ -255,7 +278,7 @@ class TrainingRun:
         statement = await asyncio.to_thread(build_claim, self._run_dir.parent, spec, event.round)
         verdict = await self._services.releases.consider(
             spec.model,
-            spec.layout.unflatten(rounds.load_parameters(self._run_dir, spec.layout, event.round)),
+            await asyncio.to_thread(self._load_whole, spec, event.round),
             lineage=Lineage(parent_version=parent, run=spec.run, round=event.round),
             privacy=statement,
             scratch_dir=rounds.build_round_dir(self._run_dir, event.round) / "version",
@@ -273,6 +296,12 @@ class TrainingRun:
             promoted=verdict.version is not None,
             reason=verdict.reason,
         )
+
+    def _load_whole(self, spec: rounds.RunSpec, number: int) -> dict[str, Vector]:
+        """Return the parameters after round `number` by name; those that devices have their own of, as last released."""
+        champion, architecture = self._services.releases.load_champion(spec.model)
+        released = load_parameters(champion.directory / PARAMETERS_NAME, architecture.training.layout)
+        return released | spec.layout.unflatten(rounds.load_parameters(self._run_dir, spec.layout, number))
 
     @property
     def _concluded(self) -> int:

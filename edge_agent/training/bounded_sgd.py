@@ -1,5 +1,8 @@
 """Training on one device for the privacy unit `device`: plain SGD or Adam, and one clip over the whole update.
 
+What stays on the device is bounded by itself: the guarantee is over what leaves, and the coordinator, whose clipping
+norm may follow how long updates are, sees these alone.
+
 There is no noise in it: the coordinator adds it to the sum of a cohort. Nothing here protects anybody from the
 coordinator, so the owner has to have said that it is trusted.
 
@@ -32,7 +35,9 @@ def bounded_training(
     training: TrainingPlan,
     sampler: Sampler,
 ) -> Vector:
-    """Return the update of one round, shape (n,), float32, of L2 norm `clipping_norm` at most.
+    """Return the update of one round, shape (n,), float32.
+
+    Its L2 norm is at most `clipping_norm`, over the parameters that are shared and over those that are local.
 
     Args:
         step: Of the version that is trained.
@@ -59,4 +64,7 @@ def bounded_training(
         return np.zeros_like(
             parameters
         )  # training diverged; to say so would tell of the samples, and nobody noises a word
-    return clip_norm(descent.moved, float(privacy.clipping_norm))
+    moved, limit = descent.moved, float(privacy.clipping_norm)
+    for part in (~step.is_local, step.is_local):
+        moved[part] = clip_norm(moved[part], limit)
+    return moved

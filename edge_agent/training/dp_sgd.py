@@ -1,7 +1,8 @@
 """Private training on one device: DP-SGD around the step of one version.
 
 The step clips each sample's gradient and sums; what is here draws the batch, adds the noise, and steps.
-Nothing that depends on a sample is counted or divided by before the noise is on it.
+Local parameters are clipped and noised with all others: without it one sample would move the gradients of all others
+through them, round after round. Nothing that depends on a sample is counted or divided by before the noise is on it.
 
 The noise stands for a little more than the clipping norm: for what a sample may exceed it by through float32 rounding
 in the step's norms and sums, which the check on load allows as well, and through rounding to the noise's grid.

@@ -1,7 +1,7 @@
 """What the training process does with one train message.
 
-    envelope --opened--> stored? --yes-----------------------------------> sent again
-                            `no--> spend, fsync --> train --> store, fsync --> sent
+    envelope --opened--> stored? --yes-------------------------------------------------------> sent again
+                            `no--> spend, fsync --> train --> keep local, store update, fsync --> sent
 
 Whatever does not fit is answered with nothing, and an event says why. An order that failed after its spend
 stays charged; the coordinator's retry spends again, or is refused.
@@ -19,6 +19,7 @@ from edge_agent.errors import AgentError, StalledError
 from edge_agent.training.budget import Entry, Limits, Spend, compute_total
 from edge_agent.training.job import TrainingEvent, TrainingJob
 from edge_agent.training.ledger import Ledger
+from edge_agent.training.local import LocalParameters
 from edge_agent.training.updates import UpdateStore
 from models.contract.encoding import build_digest
 from models.contract.envelope import TrainOrder, open_envelope
@@ -34,9 +35,10 @@ class TrainingSession:
 
     Attributes:
         graph_digest: Of the graph that says what `train` trains.
-        size: Number of parameters.
+        size: Number of parameters that come and go.
         key: The coordinator's, which signs orders.
-        train: Makes one round's update, as private as its plan says; called only for what was charged.
+        local: The parameters that stay.
+        train: Of all parameters, makes one round's update, as private as its plan says; called only for what was charged.
         report: Takes what happened.
         now_s: Unix time, s.
     """
@@ -47,6 +49,7 @@ class TrainingSession:
     key: Ed25519PublicKey
     ledger: Ledger
     updates: UpdateStore
+    local: LocalParameters
     train: Callable[[Vector, PrivacyPlan, TrainingPlan], Vector]
     report: Callable[[TrainingEvent], None]
     now_s: Callable[[], float] = time.time
@@ -94,8 +97,10 @@ class TrainingSession:
             noise_multiplier=self.job.noise_multiplier_limit,
         )
         self.ledger.spend(spend, limits, at=int(self.now_s()))
-        trained = self.train(parameters, order.privacy, order.training)
-        update = encode_update(trained, order.training.uplink, np.random.default_rng())
+        begun = self.local.begin(order.run, order.round)
+        moved = self.train(self.local.join(parameters, begun), order.privacy, order.training)
+        shared = self.local.keep(order.run, order.round, begun, moved)
+        update = encode_update(shared, order.training.uplink, np.random.default_rng())
         if order.privacy.unit is Unit.SAMPLE:  # without noise on it, it is not left lying: the retry is paid for, too
             self.updates.save(order.run, order.round, update)
         self._report("trained", f"round {order.round} of run {order.run!r} trained", order)

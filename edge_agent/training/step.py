@@ -43,6 +43,7 @@ class Step:
 
     Attributes:
         size: Number of parameters.
+        is_local: Which of them never leave the device, shape (size,), bool.
     """
 
     def __init__(self, engine: Engine, manifest: ModelManifest) -> None:
@@ -54,7 +55,7 @@ class Step:
         assert manifest.training is not None
         self._contract, self._input = manifest.training, manifest.training_input
         layout, batch = self._contract.layout, self._contract.batch
-        self.size = layout.size
+        self.size, self.is_local = layout.size, layout.mark(self._contract.local)
         self._x, self._y = (
             np.zeros((batch, *spec.row_shape), spec.dtype) for spec in (self._input, self._contract.target)
         )

@@ -38,8 +38,8 @@ class _Shortcut:
 
 def list_needed(manifest: ModelManifest, *, trains: bool) -> list[str]:
     """Return the names of the files a device needs, with or without those it trains with."""
-    graphs = manifest.training.graph_names if trains and manifest.training is not None else ()
-    return [*manifest.serving_names, *graphs]
+    training = manifest.training.file_names if trains and manifest.training is not None else ()
+    return [*manifest.serving_names, *training]
 
 
 class Downloader:

@@ -66,6 +66,12 @@ def raise_floors(path: Path, metadata_dir: Path, *, now: datetime) -> None:
         save_atomically(path, build_json(found))
 
 
+def load_signed_at(path: Path) -> datetime | None:
+    """Return the newest signed time in the floors at `path`; None if no offer made any. Raises StalledError."""
+    floors = _load(path)
+    return None if floors is None else floors.signed_at
+
+
 def _check_versions(found: Floors, floors: Floors) -> None:
     for role, floor in floors.roles.items():
         new = found.roles[role]

@@ -1,9 +1,11 @@
 """What parameters and packaged graphs are worth on the server's own held-out data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import groupby
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +13,8 @@ import numpy.typing as npt
 from fl_server.evaluation.metrics import Array, MetricFunction, get_metric, get_metric_name
 from fl_server.inference import OnnxGraph, open_graph, run_batches
 from models.contract.manifest import Quality, TrainingContract
+
+Part: TypeAlias = tuple[Mapping[str, npt.NDArray[np.float32]], Array, Array]  # parameters, x, y
 
 _DIGITS = Decimal("0.000001")
 
@@ -40,11 +44,33 @@ class Evaluator:
 
     def evaluate(self, parameters: Mapping[str, npt.NDArray[np.float32]], x: Array, y: Array) -> Evaluation:
         """Return what `parameters`, by the names of the layout, are worth on x, y, shapes (n, ...), n >= 1."""
+        return self.evaluate_parts([(parameters, x, y)])
+
+    def evaluate_parts(self, parts: Iterable[Part]) -> Evaluation:
+        """Return the metric over all `parts` together, each with its parameters; at least one sample each.
+
+        Neighbours that have the same parameters, not equal ones, share the graph's runs.
+        """
+        loss, outputs, targets = 0.0, list[Array](), list[Array]()
+        for _, group in groupby(parts, key=lambda part: id(part[0])):
+            named, xs, ys = zip(*group, strict=True)
+            part_loss, part_outputs, target = self._run(named[0], np.concatenate(xs), np.concatenate(ys))
+            loss += part_loss
+            outputs += part_outputs
+            targets.append(target)
+        y = np.concatenate(targets)
+        value = self._metric(np.concatenate(outputs), y)
+        return Evaluation(value=float(value), loss=loss / len(y), samples=len(y))
+
+    def _run(
+        self, parameters: Mapping[str, npt.NDArray[np.float32]], x: Array, y: Array
+    ) -> tuple[float, list[Array], Array]:
+        """Return the summed loss, the outputs by batch, and y as the graph takes it."""
         if not len(x) or len(x) != len(y):
             raise ValueError(f"evaluation needs samples, as many x ({len(x)}) as y ({len(y)})")
         named = {name: parameters[name] for name in self._training.layout.names}
         y = y.astype(self._training.target.dtype).reshape(len(y), *self._training.target.row_shape)
-        loss, outputs = 0.0, []
+        loss, outputs = 0.0, list[Array]()
         for start in range(0, len(x), self._training.batch):
             rows = min(self._training.batch, len(x) - start)
             mask = np.zeros(self._training.batch, np.float32)
@@ -53,8 +79,7 @@ class Evaluator:
             batch_loss, output = self._session.run(["loss", "output"], {**feeds, **named})
             loss += float(batch_loss)
             outputs.append(output[:rows])
-        value = self._metric(np.concatenate(outputs), y)
-        return Evaluation(value=float(value), loss=loss / len(x), samples=len(x))
+        return loss, outputs, y
 
     def _pad(self, rows: Array) -> Array:
         return np.pad(rows, [(0, self._training.batch - len(rows)), *[(0, 0)] * (rows.ndim - 1)])

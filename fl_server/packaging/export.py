@@ -90,6 +90,7 @@ def export_architecture(definition: ModelDefinition, directory: Path, *, seed: i
 
 def _export_all(source: Source, staging: Path) -> None:
     definition, parameters = source.definition, source.parameters
+    local = _find_local(source)
     problem = _export_step(source, staging / TRAIN_STEP_NAME)
     evaluation = build_evaluation(source.module, source.losses)
     mask, names = torch.ones(definition.batch), list(parameters)
@@ -114,6 +115,7 @@ def _export_all(source: Source, staging: Path) -> None:
             target=source.target,
             metric=definition.metric if isinstance(definition.metric, str) else definition.metric.__name__,
             engine="onnx" if problem is None else "opacus",
+            local=local,
         ),
         quantization="dynamic" if has_tables else "static",
         prefer=definition.prefer,
@@ -127,6 +129,13 @@ def _export_all(source: Source, staging: Path) -> None:
             definition.name,
             problem,
         )
+
+
+def _find_local(source: Source) -> tuple[str, ...]:
+    try:
+        return source.definition.find_local(tuple(source.parameters))
+    except ValueError as error:
+        raise DefinitionError(str(error)) from error
 
 
 def _export_step(source: Source, path: Path) -> DefinitionError | None:

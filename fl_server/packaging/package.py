@@ -20,6 +20,7 @@ from fl_server.packaging.staging import staged_directory
 from models.contract.encoding import build_digest
 from models.contract.manifest import (
     INFERENCE_NAMES,
+    LOCAL_NAME,
     MANIFEST_NAME,
     PARAMETERS_NAME,
     WEIGHTS_NAME,
@@ -30,11 +31,13 @@ from models.contract.manifest import (
     ModelManifest,
     Quality,
     Runtime,
+    TrainingContract,
     build_manifest,
     parse_manifest,
 )
 from models.contract.privacy import PrivacyStatement
 from models.tensors.delta import build_delta
+from models.tensors.layout import build_vector_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +114,7 @@ def package_version(
         for graph_name, path in architecture.graph_paths.items():
             shutil.copyfile(path, staging / graph_name)
         (staging / PARAMETERS_NAME).write_bytes(save(dict(parameters)))
+        write_local(staging, architecture.training, parameters)
         files = {path.name: describe_file(path) for path in sorted(staging.iterdir())}
         inputs, training = architecture.inputs, architecture.training
         if runtime == "tflite" and inputs[0].dtype == "int64":  # the converter narrows it
@@ -133,6 +137,13 @@ def package_version(
         )
         (staging / MANIFEST_NAME).write_bytes(build_manifest(manifest))
     return manifest
+
+
+def write_local(directory: Path, training: TrainingContract, parameters: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    """Write to a version's `directory` what local parameters begin with, if it has any."""
+    if training.local:
+        values = training.layout.select(training.local).flatten({name: parameters[name] for name in training.local})
+        (directory / LOCAL_NAME).write_bytes(build_vector_bytes(values))
 
 
 def _write_deltas(staging: Path, files: Mapping[str, FileEntry], running: Sequence[Path]) -> tuple[Delta, ...]:

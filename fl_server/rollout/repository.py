@@ -49,6 +49,7 @@ from models.contract.offer import (
     build_graph_target,
     build_release_target,
     build_signed_at,
+    parse_signed_at,
 )
 from models.contract.terms import ReleaseTerms, Role, Split, build_terms
 
@@ -166,6 +167,18 @@ class ReleaseRepository:
         with self._store.locked():
             self._issue(self._store.load(), set(roles), now)
 
+    def outrun(self, roles: Sequence[str], *, now: datetime) -> None:
+        """Sign `roles`, snapshot and timestamp with versions above any that devices can have seen; raises as `renew`.
+
+        A restored repository goes on behind its fleet, which refuses what is older than it saw. The time in seconds is
+        such a version, as a role is signed less than once a second. Roots follow one on the other: they cannot leap.
+        """
+        with self._store.locked():
+            state = self._store.load()
+            for signed in (state.snapshot, state.timestamp, *(state.targets[role] for role in roles)):
+                signed.version = max(signed.version, int(now.timestamp()))
+            self._issue(state, set(roles), now)
+
     def rotate(self, rotation: Rotation, *, now: datetime) -> list[Path]:
         """Replace keys; what the old ones sign from now on, devices refuse once they have seen the new root or targets.
 
@@ -224,6 +237,11 @@ class ReleaseRepository:
             )
             for role in ROLES
         ]
+
+    def find_signed_at(self) -> datetime | None:
+        """Return when the newest timestamp was signed; None if it does not say."""
+        with self._store.locked():
+            return parse_signed_at(self._store.load().timestamp.unrecognized_fields)
 
     def load_metadata(self) -> dict[str, bytes]:
         """Return every file a client may need, by name: the contents of an offer."""

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from fl_server.errors import ServerError
-from fl_server.rounds.driver import Driver, StoppedError, Words
+from fl_server.rounds.driver import Driver
 from fl_server.rounds.events import Event, build_event
+from fl_server.rounds.words import StoppedError, Words
 
 
 def main() -> int:

@@ -31,7 +31,13 @@ _BROKEN_NORM = 2.0  # clipping norms: no device that clips sends an update so lo
 
 
 class Attempt:
-    """One try at a round: who was asked, and what counts so far, updates of earlier tries included."""
+    """One try at a round: who was asked, and what counts so far, updates of earlier tries included.
+
+    Attributes:
+        waiting: Who has not replied, by node id.
+        gone: Who is not waited for any more. A reply of theirs counts as long as others are: nobody is left out for
+            having been late, only for the round being over.
+    """
 
     def __init__(
         self, spec: RunSpec, privacy: PrivacyPlan, number: int, directory: Path, *, cohort: dict[str, int]
@@ -45,6 +51,7 @@ class Attempt:
         for update in self.spool.read():
             self._count(update)
         self.waiting: dict[int, str] = {}
+        self.gone: set[str] = set()
 
     @property
     def elapsed_s(self) -> float:
@@ -113,7 +120,7 @@ class Attempt:
     def decide(self) -> Decision:
         return decide_round(
             accepted=self.fold.count,
-            waiting=len(self.waiting),
+            waiting=len(set(self.waiting.values()) - self.gone),
             quorum=self.quorum,
             elapsed_s=self.elapsed_s,
             deadline_s=self._spec.deadline_s,

@@ -11,13 +11,12 @@ Events go out as JSON lines and may repeat: the last completed round is told aga
 import logging
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -46,6 +45,7 @@ from fl_server.rounds.run import (
     save_sequence,
 )
 from fl_server.rounds.spool import UPDATES_NAME, Spool, list_spooled
+from fl_server.rounds.words import Permits
 from models.contract.encoding import build_digest
 from models.contract.envelope import TrainOrder, build_envelope
 from models.contract.privacy import Unit
@@ -63,10 +63,6 @@ _TOO_FEW_ONLINE = "fewer of the devices that were drawn are online than the quor
 _TOO_FEW_UPDATES = "fewer updates came than the quorum asks for"
 
 
-class StoppedError(RunError):
-    """The coordinator said stop, or is gone; the run goes on when its driver is started again."""
-
-
 class Exchange(Protocol):
     """Carries one round's messages to its devices and back, as `Session` does over a SuperLink."""
 
@@ -74,40 +70,6 @@ class Exchange(Protocol):
     def send(self, parameters: Vector, envelopes: Mapping[int, bytes], *, lifetime_s: float) -> None: ...
     def collect(self) -> Iterator[Reply]: ...
     def forget(self) -> None: ...
-
-
-class Permits(Protocol):
-    """Says when the run goes on, as `Words` of the coordinator do."""
-
-    def wait_for_permit(self) -> None: ...
-    def pause(self, seconds: float) -> None: ...
-
-
-class Words:
-    """What the coordinator says, one word a line: "continue" or "stop"; the end of the stream means stop."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._permits, self._stopped = threading.Semaphore(0), threading.Event()
-        threading.Thread(target=self._listen, args=(stream,), daemon=True).start()
-
-    def wait_for_permit(self) -> None:
-        """Return at the next "continue"; raises StoppedError."""
-        self._permits.acquire()
-        self.pause(0)
-
-    def pause(self, seconds: float) -> None:
-        """Return after `seconds`; raises StoppedError as soon as it is said."""
-        if self._stopped.wait(seconds):
-            raise StoppedError("stopped")
-
-    def _listen(self, stream: TextIO) -> None:
-        for line in stream:
-            if line.strip() == "continue":
-                self._permits.release()
-            elif line.strip() == "stop":
-                break
-        self._stopped.set()
-        self._permits.release()
 
 
 class Driver:
@@ -126,7 +88,7 @@ class Driver:
 
         Args:
             run_dir: As `create_run` made it.
-            words: Permit rounds.
+            words: Permit rounds, and say who is gone.
             emit: Takes what happened.
             open_exchange: Reaches the devices; without it the SuperLink of the run does.
             entropy: Of cohorts and noise; only a simulation passes its own.
@@ -233,6 +195,7 @@ class Driver:
         return {name: devices[name] for name in cohort}
 
     def _exchange(self, session: Exchange, attempt: Attempt) -> Decision:
+        self._words.take_gone()  # what was said before this attempt is not about it
         session.send(self._parameters, self._build_orders(attempt), lifetime_s=self._spec.deadline_s)
         pause_s = POLL_FIRST_S
         while True:
@@ -241,6 +204,7 @@ class Driver:
                 refusal = attempt.take(reply)
                 if refusal:
                     self._emit(refusal)
+            attempt.gone |= {name for name, number in self._words.take_gone() if number == attempt.number}
             decision = attempt.decide()
             if decision is not Decision.WAIT:
                 return decision

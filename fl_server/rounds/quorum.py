@@ -20,7 +20,7 @@ def decide_round(*, accepted: int, waiting: int, quorum: int, elapsed_s: float, 
 
     Args:
         accepted: Updates that count so far.
-        waiting: Devices that were asked and may still reply.
+        waiting: Devices that were asked, have not replied, and are not known to be gone.
         quorum: Least updates that make a round.
         elapsed_s: Since the round began.
         deadline_s: When it ends at the latest.

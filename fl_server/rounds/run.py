@@ -48,6 +48,7 @@ class RunSpec:
 
     Attributes:
         graph_digest: Of the graph that says what is trained, as devices have it.
+        layout: Of the parameters that travel; what is local to a device is in no file of the run.
         devices: Flower node ids by device id.
         quorum: Least updates that make a round; 1 to the number of devices. A smaller cohort that was drawn needs all.
         deadline_s: Of one round, from its first message to its last update; > 0.

@@ -18,17 +18,18 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from fl_server.claim import count_cohort
 from fl_server.errors import UsageError
-from fl_server.evaluation.evaluate import Evaluator
+from fl_server.evaluation.evaluate import Evaluator, Part
 from fl_server.evaluation.gate import GateRules, decide_promotion
 from fl_server.evaluation.metrics import get_metric_name
 from fl_server.jobs import TrainRequest
 from fl_server.packaging.architecture import Architecture
-from fl_server.packaging.package import describe_file
+from fl_server.packaging.package import describe_file, write_local
 from fl_server.plan import build_privacy, compute_norm_limit
 from fl_server.privacy.statement import build_statement
 from fl_server.rounds.driver import Driver, Exchange
@@ -47,16 +48,17 @@ from models.contract.manifest import (
 from models.contract.privacy import PrivacyPlan, Unit
 from models.contract.simulation import SimulationJob
 from models.definitions import ModelDefinition
-from models.tensors.layout import Vector
+from models.tensors.layout import parse_vector_bytes
 from models.tensors.noise import Keystream
 
 FLEET, RUN = "simulation", "simulation"
 _FOREVER_S = 1e6  # virtual devices are never late
-_ORDER_KEY_NAME, _GRAPH_DIR_NAME, _RUN_DIR_NAME = "order-key.pem", "version", "run"
+_ORDER_KEY_NAME, _GRAPH_DIR_NAME, _RUN_DIR_NAME, _LOCAL_DIR_NAME = "order-key.pem", "version", "run", "local"
 _DIGITS = Decimal("0.000001")
 
 Engine: TypeAlias = Literal["inline", "ray"]
 Say = Callable[[str], None]
+Named: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,20 +150,24 @@ class Simulation:
         """
         started, metric_name = time.monotonic(), get_metric_name(self._definition.metric)
         key = Ed25519PrivateKey.generate()
-        run_dir = self._scratch_dir / _RUN_DIR_NAME
-        shutil.rmtree(run_dir, ignore_errors=True)
+        run_dir, local_dir = self._scratch_dir / _RUN_DIR_NAME, self._scratch_dir / _LOCAL_DIR_NAME
+        for directory in (run_dir, local_dir):
+            shutil.rmtree(directory, ignore_errors=True)
+        local_dir.mkdir()
         spec = self._build_spec(request, sorted(train), self._save_key(key))
         initial = self._architecture.load_initial_parameters()
-        create_run(run_dir, spec, spec.layout.flatten(initial))
+        create_run(run_dir, spec, spec.layout.flatten({name: initial[name] for name in spec.layout.names}))
         job = SimulationJob(
             fleet=FLEET,
             graph_dir=str(self._graph_dir),
             definition=self._reference,
             coordinator_key=key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw),
             samples={name: str(path) for name, path in train.items()},
+            local_dir=str(local_dir),
             seed=seed,
         )
-        course = _Course(self._evaluator, metric_name, spec, test, run_dir, self._say)
+        load = partial(self._load_parts, spec, run_dir, initial, test)
+        course = _Course(self._evaluator, metric_name, spec, load, self._say)
         course.conclude(0)
         entropy = os.urandom if seed is None else Keystream(random.Random(f"{seed} coordinator").randbytes)
 
@@ -188,13 +194,26 @@ class Simulation:
             training_mb=course.training_mb,
         )
 
+    def _load_parts(
+        self, spec: RunSpec, run_dir: Path, initial: Named, test: Mapping[str, Samples], number: int
+    ) -> list[Part]:
+        """Return the samples of `test`, each device's with the parameters that it has after round `number`."""
+        released = {**initial, **spec.layout.unflatten(load_parameters(run_dir, spec.layout, number))}
+        local = self._architecture.training.layout.select(self._architecture.training.local)
+        parts: list[Part] = []
+        for name, samples in test.items():
+            path = self._scratch_dir / _LOCAL_DIR_NAME / f"{name}.f32"
+            own = local.unflatten(parse_vector_bytes(path.read_bytes())) if path.exists() else None
+            parts.append((released | own if own else released, samples.x, samples.y))
+        return parts
+
     def _save_key(self, key: Ed25519PrivateKey) -> Path:
         path = self._scratch_dir / _ORDER_KEY_NAME
         path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return path
 
     def _build_spec(self, request: TrainRequest, names: list[str], key_path: Path) -> RunSpec:
-        training, layout = request.training, self._architecture.training.layout
+        training, layout = request.training, self._architecture.training.shared
         privacy = build_privacy(request, devices=len(names))
         return RunSpec(
             fleet=FLEET,
@@ -239,6 +258,9 @@ class _Unattended:
     def pause(self, seconds: float) -> None:
         time.sleep(seconds)
 
+    def take_gone(self) -> list[tuple[str, int]]:
+        return []
+
 
 class _Course:
     """What a run brings, round by round."""
@@ -248,16 +270,13 @@ class _Course:
         evaluator: Evaluator,
         metric_name: str,
         spec: RunSpec,
-        test: Mapping[str, Samples],
-        run_dir: Path,
+        load: Callable[[int], list[Part]],
         say: Say,
     ) -> None:
         self._metric_name = metric_name
-        self._evaluator, self._spec, self._test, self._run_dir, self._say = evaluator, spec, test, run_dir, say
-        self._x = np.concatenate([samples.x for samples in test.values()])
-        self._y = np.concatenate([samples.y for samples in test.values()])
+        self._evaluator, self._spec, self._load, self._say = evaluator, spec, load, say
         self._best: Quality | None = None
-        self._parameters: Vector | None = None
+        self._parts: list[Part] = []
         self.rounds: list[Round] = []
         self.training_mb = 0.0
 
@@ -279,13 +298,13 @@ class _Course:
 
     def conclude(self, number: int) -> None:
         """Measure round `number`."""
-        self._parameters = load_parameters(self._run_dir, self._spec.layout, number)
-        named = self._spec.layout.unflatten(self._parameters)
-        value = Decimal(self._evaluator.evaluate(named, self._x, self._y).value).quantize(_DIGITS)
+        self._parts = self._load(number)
+        evaluation = self._evaluator.evaluate_parts(self._parts)
+        value = Decimal(evaluation.value).quantize(_DIGITS)
         quality = Quality(
             metric=self._metric_name,
             value=value,
-            samples=len(self._x),
+            samples=evaluation.samples,
             float_value=value,
             logit_deviation=Decimal(0),
         )
@@ -304,12 +323,10 @@ class _Course:
 
     def measure_each(self) -> tuple[float | None, ...]:
         """Return the metric of the last round on each test file; None where it has no value there."""
-        assert self._parameters is not None
-        named = self._spec.layout.unflatten(self._parameters)
         values: list[float | None] = []
-        for samples in self._test.values():
+        for part in self._parts:
             try:
-                values.append(self._evaluator.evaluate(named, samples.x, samples.y).value)
+                values.append(self._evaluator.evaluate(*part).value)
             except ValueError:  # such as an auc of one class
                 values.append(None)
         return tuple(values)
@@ -321,6 +338,7 @@ def _write_version(architecture: Architecture, directory: Path) -> ModelManifest
     sources = {INFERENCE_NAMES["onnx"]: architecture.float_path, **architecture.graph_paths}
     for name, path in sources.items():
         shutil.copyfile(path, directory / name)
+    write_local(directory, architecture.training, architecture.load_initial_parameters())
     manifest = ModelManifest(
         model=architecture.model,
         version=1,
@@ -329,7 +347,7 @@ def _write_version(architecture: Architecture, directory: Path) -> ModelManifest
         outputs=architecture.outputs,
         labels=architecture.labels,
         features=architecture.features,
-        files={name: describe_file(directory / name) for name in sources},
+        files={path.name: describe_file(path) for path in sorted(directory.iterdir())},
         training=architecture.training,
     )
     (directory / MANIFEST_NAME).write_bytes(build_manifest(manifest))

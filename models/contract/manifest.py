@@ -19,7 +19,10 @@ TRAIN_STEP_NAME = "train_step.onnx"
 EVALUATE_NAME = "evaluate.onnx"
 PARAMETERS_NAME = "parameters.safetensors"
 WEIGHTS_NAME = "weights.bin"  # what a graph may have outside itself: its ONNX external data
-FILE_NAMES = frozenset({*INFERENCE_NAMES.values(), WEIGHTS_NAME, TRAIN_STEP_NAME, EVALUATE_NAME, PARAMETERS_NAME})
+LOCAL_NAME = "local.f32"  # what local parameters begin with: flat, little-endian float32
+FILE_NAMES = frozenset(
+    {*INFERENCE_NAMES.values(), WEIGHTS_NAME, TRAIN_STEP_NAME, EVALUATE_NAME, PARAMETERS_NAME, LOCAL_NAME}
+)
 GRAPH_NAMES = (TRAIN_STEP_NAME, EVALUATE_NAME)  # signed by the offline role: they hold the clipping
 FILE_MAX_BYTES = 1 << 30  # 1 GiB; bounds what a manifest can make a device fetch
 
@@ -75,6 +78,8 @@ class TrainingContract:
         input_dtype: Of x, where the inference graph takes another one; None where it is the same.
         engine: What clips on the device: "onnx" runs the step graph; "opacus" runs the model's definition, which the
             device must have, because its step has no graph.
+        local: Names of the parameters that each device has its own values of, in the order of the layout; what travels
+            is the others, flat. Empty for a model that is the same everywhere.
     """
 
     layout: Layout
@@ -83,8 +88,13 @@ class TrainingContract:
     metric: str
     input_dtype: str | None = None
     engine: Engine = "onnx"
+    local: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.layout.select(self.local).names != self.local:
+            raise ValueError(f"local {self.local} must be names of the layout, in its order")
+        if self.local and self.local == self.layout.names:
+            raise ValueError("all parameters are local: nothing would be trained together")
         if self.target.dtype not in ("float32", "int64"):
             raise ValueError(f"target is {self.target.dtype}, must be float32 or int64")
         if self.input_dtype not in (None, *TRAINING_DTYPES):
@@ -96,6 +106,16 @@ class TrainingContract:
     def graph_names(self) -> tuple[str, ...]:
         """File names of the graphs that a device trains and evaluates with."""
         return GRAPH_NAMES if self.engine == "onnx" else (EVALUATE_NAME,)
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """File names of all that a device needs beside what answers."""
+        return (*self.graph_names, LOCAL_NAME) if self.local else self.graph_names
+
+    @property
+    def shared(self) -> Layout:
+        """Of the parameters that travel between devices and coordinator."""
+        return self.layout.select(set(self.layout.names) - set(self.local))
 
     @property
     def step_name(self) -> str:
@@ -197,7 +217,7 @@ class ModelManifest:
             raise ValueError(f"file {min(unknown)!r} is none of {', '.join(sorted(FILE_NAMES))}")
         needed = {INFERENCE_NAMES[self.runtime]}
         if self.training is not None:
-            needed |= set(self.training.graph_names)
+            needed |= set(self.training.file_names)
         if missing := needed - set(self.files):
             raise ValueError(f"file {min(missing)!r} is missing")
         self._check_weights()
@@ -253,8 +273,11 @@ def build_manifest(manifest: ModelManifest) -> bytes:
     for name in ("features", "deltas"):  # a version without what is newer is the same bytes as before
         if not document[name]:
             del document[name]
-    if manifest.training is not None and manifest.training.engine == "onnx":
-        del document["training"]["engine"]
+    if manifest.training is not None:
+        if manifest.training.engine == "onnx":
+            del document["training"]["engine"]
+        if not manifest.training.local:
+            del document["training"]["local"]
     return build_canonical(document)
 
 

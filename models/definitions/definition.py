@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from models.contract.manifest import Preference
@@ -35,6 +36,8 @@ class ModelDefinition:
         metric: By name, or a function (output, target) -> float over NumPy arrays.
         labels: Names of the classes, in the order of the last output axis.
         features: How columns of raw rows become the input; without them callers send it as the module takes it.
+        local: Patterns of parameter names, such as "head.*": each device keeps values of its own of these, which never
+            leave it.
         batch: Rows in one run of the training graph.
         prefer: Whether float32 or int8 is packaged: the smaller or, as packaging measures it, the faster of the two.
         logit_tolerance: How far packaged outputs may stray from the module's: mean absolute difference, as a share
@@ -49,6 +52,7 @@ class ModelDefinition:
     metric: Metric | Callable[[Any, Any], float]
     labels: tuple[str, ...] = ()
     features: tuple[Feature, ...] = ()
+    local: tuple[str, ...] = ()
     batch: int = 64
     prefer: Preference = "size"
     logit_tolerance: float | None = DEFAULT_LOGIT_TOLERANCE
@@ -71,3 +75,19 @@ class ModelDefinition:
             )
         if self.batch < 1:
             raise ValueError(f"definition {self.name!r}: batch is {self.batch}, must be >= 1")
+        if not isinstance(self.local, tuple):  # a text would be taken for patterns of one letter
+            raise ValueError(f"definition {self.name!r}: local is {self.local!r}, must be a tuple of patterns")
+
+    def find_local(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return those of the module's parameter `names` that are local, in their order.
+
+        Raises:
+            ValueError: A pattern fits none of them, or together they fit all.
+        """
+        for pattern in self.local:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"local: {pattern!r} fits no parameter; there are {', '.join(names)}")
+        local = tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in self.local))
+        if local and local == tuple(names):
+            raise ValueError(f"local: {', '.join(map(repr, self.local))} fit all parameters: none would be shared")
+        return local

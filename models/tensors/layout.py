@@ -1,7 +1,7 @@
 """Parameters as one flat float32 vector: the order in which names and shapes follow each other."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -39,6 +39,16 @@ class Layout:
     def size(self) -> int:
         """Number of values in the flat vector."""
         return sum(math.prod(shape) for shape in self.shapes)
+
+    def select(self, names: Container[str]) -> "Layout":
+        """Return the layout of these parameters alone, in the order of this one."""
+        kept = [pair for pair in zip(self.names, self.shapes, strict=True) if pair[0] in names]
+        return Layout(names=tuple(name for name, _ in kept), shapes=tuple(shape for _, shape in kept))
+
+    def mark(self, names: Container[str]) -> npt.NDArray[np.bool_]:
+        """Return which values of the flat vector are of these parameters, shape (size,)."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        return np.repeat([name in names for name in self.names], sizes)
 
     def flatten(self, arrays: Mapping[str, npt.NDArray[np.float32]]) -> Vector:
         """Return `arrays` as one vector, shape (size,), float32.

@@ -7,13 +7,17 @@ draws its ordinary noise, of torch's generator in float32, not that of its secur
 
 import contextlib
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +31,13 @@ from edge_agent.training.step import open_step
 from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
 from models.tensors.layout import Vector
 from models.tensors.noise import draw_gaussian
+from tests.bench.first_step import SAMPLES_NAME, prepare_device
 from tests.bench.versions import DEFINITIONS, REPOSITORY, SAMPLES, BenchVersion, build_version
 
 BATCH = 64
 TURNS = 7
 PROCESSES = 3
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # as the agent starts its training
 LEARNING_RATE = 0.1
 CLIPPING_NORM = 1.0
 NAMES = {"digits": "cnn", "mlp": "mlp", "text": "embedding"}
@@ -137,14 +143,22 @@ def _iterate_batches(count: int) -> Iterator[npt.NDArray[np.bool_]]:
 
 
 def measure_processes(version: BenchVersion) -> dict[str, float]:
-    """Return what a process needs until its first step is done, and its peak memory then."""
-    taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ("private", "plain_torch", "opacus")}
-    for _ in range(PROCESSES):
-        for way, measured in taken.items():
-            started_s = time.perf_counter()
-            command = [sys.executable, "-m", "tests.bench.first_step", way, str(version.directory)]
-            output = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True).stdout
-            measured.append((time.perf_counter() - started_s, json.loads(output)["peak_mb"]))
+    """Return what a process needs until its first step is done, and its peak memory then.
+
+    A device's opens its ledger and 1000 sealed samples; "joined" has imported what joins the SuperLink as well.
+    """
+    taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ("private", "joined", "plain_torch", "opacus")}
+    with tempfile.TemporaryDirectory() as scratch:
+        prepare_device(Path(scratch), version.x, version.y)
+        for turn in range(PROCESSES):
+            for way, measured in taken.items():
+                device_dir = Path(scratch, f"{way}-{turn}")
+                device_dir.mkdir()
+                shutil.copyfile(Path(scratch, SAMPLES_NAME), device_dir / SAMPLES_NAME)
+                started_s = time.perf_counter()
+                command = [sys.executable, "-m", "tests.bench.first_step", way, str(version.directory), str(device_dir)]
+                output = subprocess.run(command, cwd=REPOSITORY, env=ONE_THREAD, check=True, capture_output=True).stdout
+                measured.append((time.perf_counter() - started_s, json.loads(output)["peak_mb"]))
     figures: dict[str, float] = {}
     for way, measured in taken.items():
         figures[f"first_step_{way}_s"] = statistics.median(seconds for seconds, _ in measured)

@@ -11,7 +11,7 @@ import pytest
 
 from edge_agent.config import load_agent_settings
 from models.contract.settings import SettingsError
-from tests.simulators.agent import REPOSITORY
+from tests.simulators.agent import REPOSITORY, find_free_port
 
 GOOD = 'device_id = "d"\nfleet = "f"\nmodel = "m"\nstate_dir = "state"\ntuf_root_path = "root.json"\n'
 
@@ -98,14 +98,17 @@ def test_bad_settings_are_named(tmp_path: Path, text: str, named: str) -> None:
     ("text", "named"),
     [
         (None, "edge-agent.toml"),
+        (Path, "edge-agent.toml"),
         (GOOD + "unknown = 1\n", "unknown"),
         (GOOD + "[http]\nport = 'x'\n", "port"),
         (GOOD, "root.json"),
     ],
 )
-def test_command_ends_with_2_and_one_line(tmp_path: Path, text: str | None, named: str) -> None:
+def test_command_ends_with_2_and_one_line(tmp_path: Path, text: str | type[Path] | None, named: str) -> None:
     path = tmp_path / "edge-agent.toml"
-    if text is not None:
+    if text is Path:
+        path.mkdir()
+    elif text is not None:
         write(tmp_path, text)
     ended = run_agent(path)
     assert ended.returncode == 2
@@ -123,6 +126,17 @@ def test_port_that_is_taken_ends_the_agent_before_anything_starts(tmp_path: Path
     assert f"127.0.0.1:{port}" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
     assert [path.name for path in (tmp_path / "state").iterdir()] == [".lock"]
+
+
+def test_grpc_port_that_is_taken_ends_the_agent_before_it_answers(tmp_path: Path) -> None:
+    (tmp_path / "root.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        http = f"[http]\nport = {find_free_port()}\nuds = '{tmp_path / 's'}'\n"
+        ended = run_agent(write(tmp_path, f"{GOOD}{http}[grpc]\nport = {port}\n"))
+    assert ended.returncode == 2
+    assert f"grpc.port: 127.0.0.1:{port}" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
 
 
 def test_unix_socket_that_cannot_be_made_is_named(tmp_path: Path) -> None:

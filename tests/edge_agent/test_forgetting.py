@@ -92,12 +92,16 @@ def test_command_forgets_by_id_by_values_and_all_and_leaves_no_byte(device: Agen
     sealed = read_sealed(device)
     assert all(has_bytes(device, data) for data in sealed.values())
 
+    local_dir = device.state_dir / "training/local"  # what a round made of these samples
+    local_dir.mkdir(parents=True)
+    (local_dir / f"{MODEL}.sealed").write_bytes(b"parameters")
     done = command(device, str(ids[5]), str(ids[5] + 1000), "--json")
     assert (done.returncode, json.loads(done.stdout)) == (0, {"forgotten": 1, "waiting": 0, "kept": 5})
     done = command(device, "--where", "patient=Ada")
     assert (done.returncode, done.stdout) == (0, "2 samples are forgotten, 3 are left on this device\n")
     done = command(device, "--where", "age=50", "--where", "y=high", "--where", "patient=Cyd")
     assert (done.returncode, done.stdout) == (0, "1 samples are forgotten, 2 are left on this device\n")
+    assert not local_dir.exists()
     kept = {ids[2], ids[4]}
     assert read_sealed(device) == {row: sealed[row] for row in kept}
     assert {row for row, data in sealed.items() if has_bytes(device, data)} == kept

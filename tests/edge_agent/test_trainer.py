@@ -3,22 +3,33 @@ import signal
 import subprocess
 import sys
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from edge_agent.samples.cipher import open_cipher
 from edge_agent.trainer import LEDGER_NAME
 from edge_agent.training.job import build_job, parse_event
 from edge_agent.training.ledger import open_ledger
+from edge_agent.training.local import LocalParameters
 from fl_server.rounds.flower import Session
-from fl_server.rounds.run import RunSpec, create_run, load_parameters
+from fl_server.rounds.run import RunSpec, build_round_dir, create_run, load_parameters, save_cohort
 from models.contract.ledger import LedgerHead, Spent
 from models.contract.manifest import MANIFEST_NAME, TRAIN_STEP_NAME
+from models.contract.privacy import Unit
 from tests.simulators.linear import save_opacus_version
 from tests.simulators.samples import open_device_samples
-from tests.simulators.step_graph import FAULTS, build_privacy, build_step_graph, build_training, save_step_version
+from tests.simulators.step_graph import (
+    FAULTS,
+    build_privacy,
+    build_step_graph,
+    build_step_manifest,
+    build_training,
+    save_step_version,
+)
 from tests.simulators.superlink import running_fleet, wait_until
 from tests.simulators.training import Orders, build_training_job
 
@@ -149,7 +160,7 @@ def test_device_without_ledger_and_without_copy_does_not_even_join(tmp_path, ord
     assert (tmp_path / "training" / LEDGER_NAME).read_bytes() == b""
 
 
-def create_linear_run(tmp_path, fleet, orders, **changes):
+def create_linear_run(tmp_path, fleet, orders, *names, **changes):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     key_path = run_dir / "orders.pem"
@@ -159,10 +170,10 @@ def create_linear_run(tmp_path, fleet, orders, **changes):
         "model": "linear",
         "run": "run-1",
         "graph_digest": orders.graph_digest,
-        "layout": save_step_version(tmp_path / "version", build_step_graph()).training.layout,
+        "layout": build_step_manifest(build_step_graph()).training.layout,
         "privacy": build_privacy(),
         "training": build_training(rounds=3),
-        "devices": fleet.superlink.register("device-1"),
+        "devices": fleet.superlink.register("device-1", *names),
         "quorum": 1,
         "deadline_s": 30,
         "join_timeout_s": 30,
@@ -173,7 +184,7 @@ def create_linear_run(tmp_path, fleet, orders, **changes):
         "update_norm_limit": Decimal(1000),
     }
     spec = RunSpec(**{**values, **changes})
-    create_run(run_dir, spec, np.zeros(4, np.float32))
+    create_run(run_dir, spec, np.zeros(spec.layout.size, np.float32))
     return run_dir, spec
 
 
@@ -218,6 +229,72 @@ def test_a_run_over_a_real_superlink_trains_charges_and_ends_when_idle(tmp_path,
         assert ledger.head.spent[0].steps == COPY.spent[0].steps + 3 * spec.training.steps
         assert events[3].epsilon == str(ledger.entries[-1].epsilon_after)
     assert np.abs(load_parameters(run_dir, spec.layout, 3)).max() > 0
+
+
+@pytest.mark.parametrize("engine", ["onnx", "opacus"])
+def test_local_parameters_move_on_the_device_and_nothing_of_them_travels(tmp_path, engine):
+    """Targets are 50 and inputs 0: only the bias, which is local, has anything to learn."""
+    save = {"onnx": partial(save_step_version, step=build_step_graph()), "opacus": save_opacus_version}[engine]
+    manifest = save(tmp_path / "version", local=True)
+    orders = Orders(graph_digest=manifest.step_digest)
+    with open_device_samples(tmp_path, "linear") as samples:
+        samples.add([(np.zeros(3, np.float32), np.float32(50).reshape(()))] * 20)
+    privacy = build_privacy(noise_multiplier="0.05", sampling_rate="1", epsilon="100000")
+    with running_fleet(tmp_path) as fleet:
+        run_dir, _ = create_linear_run(
+            *(tmp_path, fleet, orders),
+            layout=manifest.training.shared,
+            privacy=privacy,
+            training=build_training(rounds=1, steps=2, expected_batch="1", learning_rate="0.1"),
+        )
+        limits = dict.fromkeys(("epsilon_limit", "total_epsilon_limit"), Decimal(100_000))
+        definition = None if engine == "onnx" else "tests.simulators.linear:features_3"
+        trainer = start_trainer_of(
+            *(tmp_path, fleet, orders), noise_multiplier_limit=Decimal(0), definition=definition, **limits
+        )
+        events = fleet.start_driver(run_dir).run_to_end()
+        trainer.terminate()
+        _, error = trainer.communicate(timeout=60)
+    assert [event.event for event in events] == ["joined", "round", "done"], error.decode()
+    key = bytes.fromhex(build_training_job(tmp_path).samples_key)
+    training_dir = tmp_path / "training"
+    local = LocalParameters(training_dir, manifest, np.zeros(1, np.float32), open_cipher(key)).begin("run-2", 1)
+    assert local[0] > 0.25 + 2  # twice the clipping norm of 20 samples, times the learning rate, but for the noise
+    (update,) = (training_dir / "updates").iterdir()
+    assert len(update.read_bytes()) == 4 * 3
+    assert np.abs(load_parameters(run_dir, manifest.training.shared, 1)).max() < 0.5
+    with open_ledger(training_dir / LEDGER_NAME) as ledger:
+        assert [entry.round for entry in ledger.entries] == [1]
+    for path in (path for path in run_dir.rglob("*") if path.is_file()):
+        assert local.tobytes() not in path.read_bytes()
+
+
+def test_superlink_killed_in_a_round_of_the_device_unit_costs_no_device_a_second_charge(tmp_path, orders):
+    with open_device_samples(tmp_path, "linear") as samples:
+        samples.add([(np.ones(3, np.float32), np.float32(1).reshape(()))] * 20)
+    privacy = build_privacy(unit=Unit.DEVICE, noise_multiplier="1.2", sampling_rate="0.5")
+    with running_fleet(tmp_path) as fleet:
+        run_dir, _ = create_linear_run(
+            *(tmp_path, fleet, orders, "device-2"), privacy=privacy, training=build_training(rounds=2), deadline_s=60
+        )
+        for number in (1, 2):
+            save_cohort(run_dir, number, ("device-1", "device-2"))
+        other = fleet.start_node("device-2", behaviour="held")
+        trainer = start_trainer_of(tmp_path, fleet, orders, trusts_coordinator=True, idle_timeout_s=60.0)
+        driver = fleet.start_driver(run_dir)
+        spooled = build_round_dir(run_dir, 1) / "updates/device-1.f32"
+        wait_until(spooled.exists, what="the update of device-1 on disk")
+        assert [other.next_line(), other.next_line()] == [b"joined\n", b"holding 1\n"]
+        fleet.superlink.kill()
+        fleet.release("device-2")
+        fleet.superlink.start()
+        rounds = [event for event in driver.run_to_end() if event.event == "round"]
+        trainer.terminate()
+        out, error = trainer.communicate(timeout=60)
+    assert [event.accepted for event in rounds] == [("device-1", "device-2")] * 2, error.decode()
+    assert [parse_event(line).event for line in out.splitlines()] == ["joined", "trained", "trained"]
+    with open_ledger(tmp_path / "training" / LEDGER_NAME) as ledger:
+        assert [(entry.round, entry.steps) for entry in ledger.entries] == [(1, 2), (2, 0)]  # the run, once
 
 
 def test_sample_that_was_forgotten_between_two_rounds_moves_no_parameter(tmp_path, orders):

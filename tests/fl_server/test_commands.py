@@ -110,8 +110,9 @@ def test_packaging_numbers_versions_after_the_registry_and_reuses_the_architectu
     assert second.quality.samples == 64
 
 
-def test_packaging_a_definition_that_no_longer_fits_the_architecture_is_refused(federation):
-    (federation.directory / "sides.py").write_text(DEFINITION.replace('"left"', '"gauche"'))
+@pytest.mark.parametrize("changed", [("labels=", 'local=("weight",),\n    labels='), ('"left"', '"gauche"')])
+def test_packaging_a_definition_that_no_longer_fits_the_architecture_is_refused(federation, changed):
+    (federation.directory / "sides.py").write_text(DEFINITION.replace(*changed))
     out = str(federation.directory / "v2")
     done = federation.command("package", f"{federation.directory / 'sides.py'}:definition", "--out", out)
     assert_refused(done, 2, "another definition")

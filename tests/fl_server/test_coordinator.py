@@ -13,6 +13,7 @@ import paho.mqtt.subscribe
 import psutil
 import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from safetensors.numpy import load_file
 
 from fl_server.fleet.roster import Roster
 from fl_server.jobs import Jobs, JobState
@@ -24,7 +25,7 @@ from models.contract.ledger import LedgerHead, Spent
 from models.contract.manifest import build_manifest, parse_manifest
 from models.contract.messages import Event, EventKind, Status
 from models.contract.offer import parse_offer
-from tests.simulators.federation import FLEET, MODEL, Federation
+from tests.simulators.federation import BIAS, FLEET, MODEL, Federation
 from tests.simulators.mosquitto import Mosquitto
 from tests.simulators.waiting import wait_until
 
@@ -226,6 +227,11 @@ def test_run_trains_in_rounds_and_releases_what_is_better(federation, broker):
         assert (champion.version, champion.run, champion.round) == (2, result["run"], 1)
         assert registry.get_model_version_by_alias(MODEL, "previous").version == 1
     assert manifest.lineage.parent_version == 1
+    assert manifest.training.local == ("bias",)
+    assert (load_file(champion.directory / "parameters.safetensors")["bias"] == BIAS).all()
+    assert (champion.directory / "local.f32").read_bytes() == BIAS.tobytes()
+    held = list((federation.directory / "runs").rglob("rounds/*/parameters.safetensors"))
+    assert [set(load_file(path)) for path in held] == [{"weight"}] * 3
     assert manifest.privacy.expected_cohort == 2
     assert str(manifest.privacy.epsilon) == result["rounds"][0]["epsilon"]
     offer = parse_offer(read_retained(broker, f"fl/v1/{FLEET}/offer"))
@@ -352,6 +358,32 @@ def test_device_that_refuses_is_woken_once_a_round(federation):
     assert "device-2: not this time" in done.stderr
     assert willing.wakes
     assert len(refusing.wakes) <= 4  # when the run begins, when it has joined, and after each round
+
+
+def test_round_does_not_wait_for_a_device_that_says_that_it_refuses_or_for_one_that_the_broker_lost(federation):
+    """Neither would ever reply, and the deadline is ten minutes away."""
+    federation.environment |= {"FL_SERVER_ROUNDS__DEADLINE_S": "600", "FL_SERVER_ROUNDS__QUORUM": "0.3"}
+    federation.start()
+    federation.add_device("device-1", fraction=0.3)
+    refusing, lost = [federation.add_device(f"device-{number}", fraction="silent") for number in (2, 3)]
+    assert federation.command("release", str(federation.directory / "v1")).returncode == 0
+    plan = ("--unit", "device", "--sampling-rate", "1", "--clipping-norm", "4", "--epsilon", "50", "--delta", "0.3")
+    assert federation.command("train", MODEL, "--rounds", "1", *plan, "--no-wait").returncode == 0
+    federation.wait_for_log("3 of 3 devices joined")
+    lost.say_online(online=False)
+    run = refusing.wakes[0]["run"]
+    refusals = (f"refused-{number}" for number in itertools.count())
+    with Jobs(federation.directory / "coordinator.db") as jobs:
+
+        def refuse_until_it_is_over():  # what is said before the order left is not about it
+            event = Event(id=next(refusals), sent_at=1, kind=EventKind.TRAINING_REFUSED, message="no", run=run, round=1)
+            refusing.say(event)
+            return jobs.get(2).is_over
+
+        wait_until(refuse_until_it_is_over, "the end of the run", timeout_s=90)
+        result = json.loads(jobs.get(2).result)
+    [outcome] = result["rounds"]
+    assert (outcome["accepted"], outcome["missing"]) == (["device-1"], ["device-2", "device-3"])
 
 
 def test_device_whose_training_process_ended_is_woken_at_once(federation):

@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import shutil
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from fl_server.__main__ import main
 from fl_server.errors import RunError
 from fl_server.jobs import TrainRequest
+from fl_server.packaging.architecture import Architecture
 from fl_server.packaging.definitions import load_definition
 from fl_server.packaging.export import export_architecture
 from fl_server.simulation.data import load_samples
@@ -37,9 +40,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def simulation(place: Path) -> Simulation:
+def architecture(place: Path) -> Architecture:
+    return export_architecture(load_definition(f"{place / 'sides.py'}:definition"), place / "architecture")
+
+
+@pytest.fixture(scope="module")
+def simulation(place: Path, architecture: Architecture) -> Simulation:
     definition = load_definition(f"{place / 'sides.py'}:definition")
-    return Simulation(definition, export_architecture(definition, place / "architecture"), place, lambda _line: None)
+    return Simulation(definition, architecture, place, lambda _line: None)
 
 
 def save_device(path: Path, generator: np.random.Generator, rows: int, **changes: np.ndarray) -> None:
@@ -102,6 +110,32 @@ def test_a_seed_repeats_cohorts_and_noise_of_the_device_unit_to_the_last_bit(
     assert digests[0] == digests[1] != digests[2]
     spent = [done.epsilon for done in results[0].rounds]
     assert 0 == spent[0] < spent[1] < spent[-1] <= 50
+
+
+def test_local_parameters_fit_each_device_and_are_in_no_file_of_the_run(
+    simulation: Simulation, architecture: Architecture, place: Path, tmp_path: Path
+) -> None:
+    """All points of one device are left and all of the other right: the bias can tell whose they are, no weight can."""
+    personal = dataclasses.replace(architecture, training=dataclasses.replace(architecture.training, local=("bias",)))
+    shutil.copyfile(place / "sides.py", tmp_path / "sides.py")
+    generator = np.random.default_rng(0)
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        for number in range(2):
+            save_device(tmp_path / part / f"device-{number}.npz", generator, ROWS, y=np.full(ROWS, number))
+    asked = {"sampling_rate": Decimal(1), "epsilon": Decimal(500), "delta": Decimal("0.3")}
+    definition = load_definition(f"{place / 'sides.py'}:definition")
+    assert min(run_once(simulation, tmp_path, seed=7, **asked).per_device) < 0.8
+    simulation = Simulation(definition, personal, tmp_path, lambda _line: None)
+    for unit in Unit:
+        assert min(run_once(simulation, tmp_path, seed=7, unit=unit, **asked).per_device) > 0.8
+        own = [file.read_bytes() for file in (tmp_path / "local").iterdir()]
+        assert [len(values) for values in own] == [4 * 2] * 2
+        assert own[0] != own[1]
+        for file in (file for file in (tmp_path / "run").rglob("*") if file.is_file()):
+            assert not any(values in file.read_bytes() for values in own)
+            if file.suffix == ".safetensors":
+                assert set(load_file(file)) == {"weight"}
 
 
 def test_flowers_engine_runs_the_same_rounds_to_the_last_bit(simulation: Simulation, place: Path) -> None:

@@ -39,8 +39,8 @@ definition = ModelDefinition(
     batch=8,
 )
 """
-# What tells left from right, in the order of the layout: weight (2, 4), bias (2,).
-SOLUTION = np.array([-2, 0, 0, 0, 2, 0, 0, 0, 0, 0], np.float32)
+# What tells left from right: the weight (2, 4). The bias is local: it is released as it was packaged, and never travels.
+SOLUTION, BIAS = np.array([-2, 0, 0, 0, 2, 0, 0, 0], np.float32), np.array([0.3, 0.3], np.float32)
 
 
 def run_command(*arguments: str, environment: dict[str, str] | None = None, cwd: Path | None = None):
@@ -68,13 +68,12 @@ def create_template(directory: Path) -> None:
     from safetensors.numpy import save_file
 
     assert run_command("init", str(directory), "--fleet", FLEET).returncode == 0
-    (directory / "sides.py").write_text(DEFINITION)
+    (directory / "sides.py").write_text(DEFINITION.replace("batch=8", 'local=("bias",),\n    batch=8'))
     x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
     np.savez(directory / "validation.npz", x=x, y=(x[:, 0] > 0).astype(np.int64))
     with (directory / "fl-server.toml").open("a") as config:
         config.write('\n[models.sides]\ndefinition = "sides.py:definition"\nvalidation = "validation.npz"\n')
-    wrong = -SOLUTION
-    save_file({"weight": wrong[:8].reshape(2, 4), "bias": wrong[8:]}, directory / "wrong.safetensors")
+    save_file({"weight": -SOLUTION.reshape(2, 4), "bias": BIAS}, directory / "wrong.safetensors")
     done = run_command(
         *("package", f"{directory / 'sides.py'}:definition", "--config", str(directory / "fl-server.toml")),
         *("--parameters", str(directory / "wrong.safetensors"), "--out", str(directory / "v1")),
@@ -144,8 +143,11 @@ class Federation:
 
         wait_until(is_there, f"{text!r} in {self.log_path}", timeout_s=timeout_s)
 
-    def add_device(self, device_id: str, *, fraction: float = 1.0) -> "SimulatedDevice":
-        """Enrol a device and bring it online; woken, it answers with `fraction` of the way to the solution."""
+    def add_device(self, device_id: str, *, fraction: float | str = 1.0) -> "SimulatedDevice":
+        """Enrol a device and bring it online; woken, it answers with `fraction` of the way to the solution.
+
+        A `fraction` of "silent" never answers.
+        """
         bundle = self.directory / "bundles" / device_id
         done = self.command("enroll", device_id, "--out", str(bundle))
         assert done.returncode == 0, done.stderr
@@ -157,7 +159,7 @@ class Federation:
 class SimulatedDevice:
     """Says that it is online, and starts a teacher when it is woken."""
 
-    def __init__(self, federation: Federation, device_id: str, bundle: Path, fraction: float) -> None:
+    def __init__(self, federation: Federation, device_id: str, bundle: Path, fraction: float | str) -> None:
         self.device_id, self.received, self.teacher = device_id, list[tuple[str, bytes]](), None
         self.excuses: Iterator[EventKind] = iter(())  # said, one a wake command, in place of training
         self._federation, self._bundle, self._fraction = federation, bundle, fraction

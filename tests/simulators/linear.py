@@ -14,10 +14,10 @@ from torch import nn
 from edge_agent.training.opacus_engine import OpacusEngine
 from edge_agent.training.step import Step
 from models.contract.encoding import build_digest
-from models.contract.manifest import EVALUATE_NAME, MANIFEST_NAME, FileEntry, ModelManifest, build_manifest
+from models.contract.manifest import EVALUATE_NAME, LOCAL_NAME, MANIFEST_NAME, FileEntry, ModelManifest, build_manifest
 from models.definitions import ModelDefinition, TensorSpec
 from models.tensors.layout import Layout
-from tests.simulators.step_graph import build_step_manifest
+from tests.simulators.step_graph import LOCAL_BIAS, build_step_manifest
 
 
 def halved_squares(output, target):
@@ -72,13 +72,13 @@ def build_evaluation_graph(*, features: int = 3, batch: int = 8, labels: bool = 
 
 
 def build_opacus_manifest(
-    evaluation: bytes, *, features: int = 3, batch: int = 8, labels: bool = False
+    evaluation: bytes, *, features: int = 3, batch: int = 8, labels: bool = False, local: bool = False
 ) -> ModelManifest:
-    manifest = build_step_manifest(b"no step", features=features, batch=batch, labels=labels)
+    manifest = build_step_manifest(b"no step", features=features, batch=batch, labels=labels, local=local)
     return replace(
         manifest,
         files={
-            "inference.onnx": manifest.files["inference.onnx"],
+            **{name: entry for name, entry in manifest.files.items() if name in {"inference.onnx", LOCAL_NAME}},
             EVALUATE_NAME: FileEntry(digest=build_digest(evaluation), size_bytes=len(evaluation)),
         },
         training=replace(
@@ -98,11 +98,12 @@ def open_opacus_step(**options) -> tuple[Step, ModelManifest]:
     return Step(OpacusEngine(reference, manifest, evaluation), manifest), manifest
 
 
-def save_opacus_version(directory: Path) -> ModelManifest:
+def save_opacus_version(directory: Path, *, local: bool = False) -> ModelManifest:
     """Write what a training process needs of a version that trains with the Opacus engine; return its manifest."""
     directory.mkdir(parents=True, exist_ok=True)
     evaluation = build_evaluation_graph()
-    manifest = build_opacus_manifest(evaluation)
+    manifest = build_opacus_manifest(evaluation, local=local)
+    (directory / LOCAL_NAME).write_bytes(LOCAL_BIAS)
     (directory / MANIFEST_NAME).write_bytes(build_manifest(manifest))
     (directory / EVALUATE_NAME).write_bytes(evaluation)
     return manifest

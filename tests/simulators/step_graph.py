@@ -11,6 +11,7 @@ from edge_agent.training.step import Step
 from models.contract.encoding import build_digest
 from models.contract.manifest import (
     EVALUATE_NAME,
+    LOCAL_NAME,
     MANIFEST_NAME,
     TRAIN_STEP_NAME,
     FileEntry,
@@ -78,8 +79,15 @@ def build_step_graph(*, features: int = 3, batch: int = 8, factor: str = HONEST,
     return bytes(model.SerializeToString())
 
 
-def build_step_manifest(step: bytes, *, features: int = 3, batch: int = 8, labels: bool = False) -> ModelManifest:
+LOCAL_BIAS = np.array([0.25], "<f4").tobytes()  # what the local bias of a version begins with
+
+
+def build_step_manifest(
+    step: bytes, *, features: int = 3, batch: int = 8, labels: bool = False, local: bool = False
+) -> ModelManifest:
+    """Return the manifest of a version with the graph `step`, of which the bias may be local."""
     other = FileEntry(digest=build_digest(b"other"), size_bytes=5)
+    initial = FileEntry(digest=build_digest(LOCAL_BIAS), size_bytes=len(LOCAL_BIAS))
     return ModelManifest(
         model="linear",
         version=1,
@@ -90,28 +98,31 @@ def build_step_manifest(step: bytes, *, features: int = 3, batch: int = 8, label
             "inference.onnx": other,
             TRAIN_STEP_NAME: FileEntry(digest=build_digest(step), size_bytes=len(step)),
             EVALUATE_NAME: other,
+            **({LOCAL_NAME: initial} if local else {}),
         },
         training=TrainingContract(
             layout=Layout(names=("weight", "bias"), shapes=((features,), (1,))),
             batch=batch,
             target=TensorSpec("y", ("batch",), "int64" if labels else "float32"),
             metric="rmse",
+            local=("bias",) if local else (),
         ),
     )
 
 
 def open_onnx_step(**options) -> tuple[Step, ModelManifest]:
     """Return the open step of the graph that `build_step_graph` makes of `options`, and its manifest."""
-    graph = build_step_graph(**options)
+    graph = build_step_graph(**{name: value for name, value in options.items() if name != "local"})
     options.pop("factor", None)
     manifest = build_step_manifest(graph, **options)
     return Step(OnnxEngine(graph, manifest.training.layout), manifest), manifest
 
 
-def save_step_version(directory: Path, step: bytes) -> ModelManifest:
+def save_step_version(directory: Path, step: bytes, *, local: bool = False) -> ModelManifest:
     """Write what a training process needs of a version, and return its manifest."""
     directory.mkdir(parents=True, exist_ok=True)
-    manifest = build_step_manifest(step)
+    manifest = build_step_manifest(step, local=local)
+    (directory / LOCAL_NAME).write_bytes(LOCAL_BIAS)
     (directory / MANIFEST_NAME).write_bytes(build_manifest(manifest))
     (directory / TRAIN_STEP_NAME).write_bytes(step)
     return manifest

@@ -92,3 +92,16 @@ def test_long_update_is_shortened_and_keeps_its_direction():
     )
     assert l2_norm(short.astype(np.float32)) == pytest.approx(0.01, rel=1e-5)
     np.testing.assert_allclose(short / 0.01, long / np.linalg.norm(long), atol=1e-4)
+
+
+def test_what_leaves_has_the_clipping_norm_for_itself_and_what_is_local_is_bounded_too():
+    step, _ = open_onnx_step(local=True)
+    x, y = draw_samples(30)
+    whole = train(x, y, clipping_norm="1000", steps=3, expected_batch="30")
+    privacy, training = (
+        build_privacy(unit=Unit.DEVICE, clipping_norm="0.01"),
+        build_training(expected_batch="30", steps=3),
+    )
+    moved = bounded_training(step, x, y, PARAMETERS, privacy, training, draw_poisson)
+    np.testing.assert_allclose(moved[:3], 0.01 * whole[:3] / l2_norm(whole[:3]), rtol=1e-4)
+    np.testing.assert_allclose(moved[3], np.copysign(0.01, whole[3]), rtol=1e-4)

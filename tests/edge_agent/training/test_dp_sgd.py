@@ -58,6 +58,23 @@ def test_proximal_term_pulls_towards_the_start_of_the_round():
     assert np.linalg.norm(update) < np.linalg.norm(free)
 
 
+def test_local_parameters_are_inside_the_clipped_norm_and_take_the_same_noise():
+    step, _ = open_onnx_step(local=True)
+    x, y = np.zeros((1, 3), np.float32), np.full(1, 1e3, np.float32)  # whose gradient is the local bias's alone
+    moved = train(x, y, EVERYONE_WITHOUT_NOISE, build_training(steps=1, expected_batch="1"), step=step)
+    assert list(step.is_local) == [False] * 3 + [True]
+    np.testing.assert_allclose(moved, [0, 0, 0, 0.1], atol=GRID)  # the clipping norm, times the learning rate
+    scales = []
+
+    def noise(count, standard_deviation):
+        scales.append((count, standard_deviation))
+        return np.full(count, standard_deviation)
+
+    moved = train(x[:0], y[:0], build_privacy(), build_training(steps=1, expected_batch="1"), step=step, noise=noise)
+    assert [count for count, _ in scales] == [4]
+    np.testing.assert_allclose(moved, np.full(4, -0.1 * scales[0][1]), rtol=1e-4)
+
+
 def test_adam_sees_the_noised_mean():
     x, y = draw_samples(37)
     training = build_training(steps=1, optimizer="adam")

@@ -6,9 +6,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_agent.errors import StalledError
+from edge_agent.samples.cipher import open_cipher
 from edge_agent.training.budget import compute_total
 from edge_agent.training.dp_sgd import local_training
 from edge_agent.training.ledger import open_ledger
+from edge_agent.training.local import LocalParameters
 from edge_agent.training.session import TrainingSession
 from edge_agent.training.updates import UpdateStore
 from models.contract.privacy import Unit
@@ -19,15 +21,21 @@ from tests.simulators.step_graph import build_privacy, build_training, open_onnx
 from tests.simulators.training import NOW_S, Orders, build_training_job
 
 STEP, MANIFEST = open_onnx_step()
+PERSONAL_STEP, PERSONAL_MANIFEST = open_onnx_step(local=True)  # the bias
 PARAMETERS = np.array([0.5, -1.0, 2.0, 0.1], np.float32)
 SAMPLES = np.ones((20, 3), np.float32), np.zeros(20, np.float32)
+SHARED, INITIAL = PARAMETERS[:3], PARAMETERS[3:]
+KEY = bytes(32)
 
 
 class Device:
     """A session on real files; `trained` counts how often training was begun."""
 
-    def __init__(self, directory, orders, *, now_s=NOW_S, failing=False, **limits):
+    def __init__(self, directory, orders, *, now_s=NOW_S, failing=False, personal=False, **limits):
         directory.mkdir(exist_ok=True)
+        self.step, manifest = (PERSONAL_STEP, PERSONAL_MANIFEST) if personal else (STEP, MANIFEST)
+        initial = INITIAL if personal else INITIAL[:0]
+        self.local = LocalParameters(directory, manifest, initial, open_cipher(KEY))
         self.job = build_training_job(directory, **limits)
         self.ledger = open_ledger(directory / "ledger.jsonl")
         self.ledger.restore(self.job.ledger_copy, self.job.delta, at=0)
@@ -37,10 +45,11 @@ class Device:
         self.session = TrainingSession(
             job=self.job,
             graph_digest=MANIFEST.step_digest,
-            size=4,
+            size=manifest.training.shared.size,
             key=orders.key.public_key(),
             ledger=self.ledger,
             updates=UpdateStore(directory / "updates"),
+            local=self.local,
             train=self._train,
             report=self.events.append,
             now_s=lambda: now_s,
@@ -59,7 +68,7 @@ class Device:
         self.trained += 1
         if self.failing:
             raise StalledError("the samples cannot be read")
-        return local_training(STEP, *SAMPLES, parameters, privacy, training, draw_gaussian, draw_poisson)
+        return local_training(self.step, *SAMPLES, parameters, privacy, training, draw_gaussian, draw_poisson)
 
 
 @pytest.fixture
@@ -301,3 +310,47 @@ def test_killed_at_any_point_every_distinct_update_that_left_was_charged(tmp_pat
         if not outcome.crashed:
             break
     assert crash_at > 20
+
+
+@pytest.mark.parametrize("unit", [Unit.SAMPLE, Unit.DEVICE])
+def test_local_parameters_stay_and_a_round_that_is_trained_again_begins_where_it_began(tmp_path, orders, unit):
+    privacy = build_privacy(unit=unit)
+    directory, begun = tmp_path / "device", []
+
+    def train(parameters, _privacy, _training):
+        begun.append(parameters.copy())
+        return np.array([0.5, 0, 0, 1], np.float32)
+
+    with Device(directory, orders, personal=True, trusts_coordinator=True) as device:
+        device.session = replace(device.session, train=train)
+        for number in (1, 2):
+            update = device.handle(orders.build(number, SHARED, privacy=privacy), SHARED)
+            assert update == np.array([0.5, 0, 0], "<f4").tobytes()
+        device.session.updates.remove_other_runs("another")  # the update of round 2 is lost
+        assert device.handle(orders.build(2, SHARED, privacy=privacy), SHARED) is not None
+        assert device.handle(orders.build(3, SHARED, privacy=privacy), SHARED) is not None
+    assert [list(parameters[:3]) for parameters in begun] == [list(SHARED)] * 4
+    np.testing.assert_allclose([parameters[3] - INITIAL[0] for parameters in begun], [0, 1, 1, 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("unit", [Unit.SAMPLE, Unit.DEVICE])
+def test_killed_at_any_point_a_round_moves_local_parameters_once(tmp_path, orders, unit):
+    envelope = orders.build(1, SHARED, privacy=build_privacy(unit=unit))
+    ones = np.ones(4, np.float32)
+    for crash_at in crash_points():
+        directory = tmp_path / str(crash_at)
+
+        def answer(tell, directory=directory):
+            with Device(directory, orders, personal=True, trusts_coordinator=True) as device:
+                device.session = replace(device.session, train=lambda *_: ones)
+                tell(bytes(device.handle(envelope, SHARED)).hex())
+
+        outcome = run_until_crash(answer, crash_at=crash_at)
+        with Device(directory, orders, personal=True, trusts_coordinator=True) as device:
+            device.session = replace(device.session, train=lambda *_: ones)
+            assert device.handle(envelope, SHARED) == ones[:3].tobytes()
+            assert device.local.begin("run-1", 2) == INITIAL + 1
+            assert device.ledger.entries
+        if not outcome.crashed:
+            break
+    assert crash_at > 15

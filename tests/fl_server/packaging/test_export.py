@@ -89,6 +89,11 @@ def frozen():
         (define(lambda: nn.Linear(5, 2)), r"does not run on its own inputs: RuntimeError: mat1 and mat2"),
         (define(lambda: 1 / 0), r"build\(\) failed: ZeroDivisionError"),
         (define(lambda: nn.Linear(4, 2), loss=functional.mse_loss), r"reduce by sum, not by mean"),
+        (
+            define(lambda: nn.Linear(4, 2), local=("bias", "haed.*")),
+            r"local: 'haed\.\*' fits no parameter; there are weight, bias$",
+        ),
+        (define(lambda: nn.Linear(4, 2), local=("*",)), r"local: '\*' fit all parameters: none would be shared"),
     ],
     ids=lambda value: "" if isinstance(value, ModelDefinition) else value[:30],
 )

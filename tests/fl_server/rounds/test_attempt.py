@@ -22,7 +22,7 @@ from scipy import stats
 
 from fl_server.errors import RunError
 from fl_server.rounds.attempt import Attempt
-from fl_server.rounds.driver import Driver, StoppedError
+from fl_server.rounds.driver import Driver
 from fl_server.rounds.events import Event
 from fl_server.rounds.flower import Reply
 from fl_server.rounds.optimizers import ServerOptimizer
@@ -37,6 +37,7 @@ from fl_server.rounds.run import (
     save_cohort,
 )
 from fl_server.rounds.spool import UPDATES_NAME, Spool
+from fl_server.rounds.words import StoppedError
 from models.contract.encoding import build_digest
 from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
 from models.tensors.layout import Layout, Vector
@@ -85,6 +86,9 @@ class Unattended:
 
     def pause(self, seconds: float) -> None:
         pass
+
+    def take_gone(self) -> list[tuple[str, int]]:
+        return []
 
 
 class StoppedAfter(Unattended):

@@ -186,6 +186,39 @@ def test_device_that_answers_nothing_or_fails_only_costs_the_deadline(fleet):
     assert "0.1234" not in log
 
 
+def test_round_ends_when_all_who_are_left_are_gone_and_one_that_was_thought_so_still_counts(fleet):
+    devices = fleet.superlink.register("good", "silent", "held")
+    nodes = {name: fleet.start_node(name, behaviour="one" if name == "good" else name) for name in devices}
+    run_dir = fleet.create_run(devices, rounds=1, quorum=2, deadline_s=600)
+    driver = fleet.start_driver(run_dir)
+    for name, line in (("good", b"answered 1\n"), ("silent", b"silent 1\n"), ("held", b"holding 1\n")):
+        assert [nodes[name].next_line(), nodes[name].next_line()] == [b"joined\n", line]
+    for word in ("gone held 1", "gone silent 2", "gone stranger 1"):  # silent is waited for still
+        driver.say(word)
+    fleet.release("held")
+    updates = build_round_dir(run_dir, 1) / "updates"
+    wait_until(lambda: len(list(updates.glob("[!.]*.f32"))) == 2, what="two updates on disk")
+    driver.say("gone silent 1")
+    events = driver.run_to_end()
+    assert names(events) == ["joined", "round", "done"]
+    assert (events[1].accepted, events[1].missing) == (("good", "held"), ("silent",))
+    assert parameters_after(run_dir, 1) == [1.0] * 10
+
+
+def test_round_whose_devices_are_all_gone_is_tried_again_and_waits_for_them_anew(fleet):
+    devices = fleet.superlink.register("a")
+    node = fleet.start_node("a", behaviour="held")
+    run_dir = fleet.create_run(devices, rounds=1, deadline_s=600)
+    driver = fleet.start_driver(run_dir)
+    assert [node.next_line(), node.next_line()] == [b"joined\n", b"holding 1\n"]
+    assert driver.next_event().event == "joined"
+    driver.say("gone a 1")
+    assert driver.next_event().event == "abandoned"
+    fleet.release("a")
+    assert names(driver.run_to_end()) == ["round", "done"]
+    assert node.lines.count(b"answered 1\n") == 2
+
+
 @pytest.mark.parametrize("behaviour", ["oversized", "flooding"])
 def test_reply_without_end_is_not_read_and_costs_nobody_else_the_round(fleet, behaviour):
     devices = fleet.superlink.register("good", "hostile", "two")

@@ -114,8 +114,14 @@ MANIFEST = ModelManifest(
         int8=Figures(size_bytes=1000, row_us=Decimal("13.6"), batch_us=Decimal("54.4")),
     ),
 )
+PERSONAL = replace(
+    MANIFEST,
+    files=MANIFEST.files | {"local.f32": FileEntry(digest="4" * 64, size_bytes=40)},
+    training=replace(MANIFEST.training, local=("f.bias",)),
+)
 DOCUMENTS: dict[str, tuple[bytes, Callable[[bytes], Any], Any]] = {
     "manifest": (build_manifest(MANIFEST), parse_manifest, MANIFEST),
+    "manifest_with_local_parameters": (build_manifest(PERSONAL), parse_manifest, PERSONAL),
     "train_order": (build_canonical(ORDER), lambda data: parse_json(data, TrainOrder), ORDER),
     "status": (
         build_json(status := Status(sent_at=1.5, online=True, agent="0.1.0", model="digits", version=3, slot="a")),
