@@ -9,7 +9,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from edge_agent import __version__
 from edge_agent.children import forbid_core_dumps
 from edge_agent.collector import Collector
 from edge_agent.config import AgentSettings
-from edge_agent.errors import AgentError, RequestError, StalledError
+from edge_agent.errors import AgentError, RequestError, StalledError, TransientError
 from edge_agent.gatekeeper import Gatekeeper
 from edge_agent.http.app import App, Device
 from edge_agent.http.guard import TOKEN_NAME, load_token
 from edge_agent.http.samples import parse_samples
 from edge_agent.http.server import bind_sockets
-from edge_agent.inference.sandbox import try_in_sandbox
+from edge_agent.inference.sandbox import Pace, try_in_sandbox
 from edge_agent.link.mqtt import Broker, Link
 from edge_agent.lock import holding_lock
 from edge_agent.model_server import ModelServer
@@ -34,18 +34,23 @@ from edge_agent.monitor.telemetry import read_rss_mb
 from edge_agent.owner import OwnerStatus, load_privacy_report
 from edge_agent.reporter import Reporter
 from edge_agent.samples.sensor import SensorFeed
+from edge_agent.traits import find_traits
 from edge_agent.updates.challenger_slot import Challenger
 from edge_agent.updates.installer import Updater
+from edge_agent.updates.probation import Rehearsal
 from edge_agent.updates.settings import UpdaterSettings
+from edge_agent.updates.told_floors import TOLD_NAME
 from edge_agent.updates.verifier import verify_offer
 from edge_agent.updates.watch import OfferWatch
 from edge_agent.wake import TrainingDesk
 from models.contract.encoding import parse_json
 from models.contract.errors import ContractError, MalformedError
+from models.contract.floors import FLOORS_NAME
 from models.contract.manifest import ModelManifest
 from models.contract.messages import MESSAGE_MAX_BYTES, Ack, EventKind
 from models.contract.service import READY, STOPPING, feed_watchdog, notify
 from models.contract.settings import SettingsError
+from models.contract.terms import ProbationRules
 from models.contract.topics import Channel, build_device_topic, build_offer_topic
 
 log = logging.getLogger(__name__)
@@ -82,6 +87,7 @@ class Agent:
 
     def __init__(self, settings: AgentSettings, root: bytes, sockets: Sequence[socket.socket]) -> None:
         self._settings = settings
+        self._traits = find_traits(settings.region)
         self._sockets = sockets
         self._token = load_token(settings.state_dir / TOKEN_NAME)
         self._server = ModelServer(settings.model, load_again=self._load_again if settings.serving.repository else None)
@@ -101,13 +107,20 @@ class Agent:
         )
         self._updater = Updater(
             self._describe_updates(),
-            open_offer=partial(verify_offer, root=root, trust_dir=settings.state_dir / "tuf"),
+            open_offer=partial(
+                verify_offer,
+                root=root,
+                trust_dir=settings.state_dir / "tuf",
+                told=(settings.tuf_root_path.with_name(FLOORS_NAME), settings.state_dir / TOLD_NAME),
+            ),
             reader=self._link,
-            try_version=self._try_version,
+            check_version=self._check_version,
+            open_rehearsal=self._open_rehearsal,
+            try_version=self._server.adopt,
             serve_challenger=None if settings.serving.challenger is not None else self._serve_challenger,
             on_event=lambda kind, message, version: self._reporter.tell(kind, message, version=version),
         )
-        self._reporter = Reporter(settings, __version__, link=self._link, updater=self._updater, server=self._server)
+        self._reporter = Reporter(settings, self._traits, link=self._link, updater=self._updater, server=self._server)
         self._offers = OfferWatch(self._updater.handle_offer)
         self._training = TrainingDesk(
             settings,
@@ -155,7 +168,7 @@ class Agent:
         if version is None:
             return
         try:
-            self._try_version(version.directory, version.manifest)
+            self._server.adopt(version.directory, version.manifest)
         except AgentError as error:
             self._reporter.tell(
                 EventKind.FAILED, f"the active version does not load: {error}", version=version.manifest.version
@@ -219,11 +232,18 @@ class Agent:
 
     # What the parts ask of each other
 
-    def _try_version(self, directory: Path, manifest: ModelManifest) -> None:
+    def _check_version(self, directory: Path, rules: ProbationRules) -> None:
+        current, ratio = self._updater.current(), rules.max_latency_ratio
+        pace = None if current is None or ratio is None else Pace(beside=current.directory, max_ratio=float(ratio))
+        try_in_sandbox(directory, pace=pace)
+
+    def _open_rehearsal(self, directory: Path, rules: ProbationRules, on_failed: Callable[[], None]) -> Rehearsal:
         current = self._updater.current()
-        if current is None or current.directory != directory:  # what is active has passed before
-            try_in_sandbox(directory)
-        self._server.adopt(directory, manifest)
+        if current is None:
+            raise TransientError("no version serves that another one could be compared with")
+        from edge_agent.inference.rehearsal import Rehearsal as InShadow  # memory that few releases ask for
+
+        return InShadow(self._engine, directory, champion_dir=current.directory, rules=rules, on_failed=on_failed)
 
     def _load_again(self) -> None:
         current = self._updater.current()
@@ -314,8 +334,11 @@ class Agent:
         return UpdaterSettings(
             fleet=settings.fleet,
             model=settings.model,
+            device_id=settings.device_id,
+            traits=self._traits,
             state_dir=settings.state_dir,
             trains=settings.federation is not None,
+            shares_quality=settings.telemetry.share_quality,
             deadline_s=settings.updates.deadline_s,
             window=settings.updates.window,
         )

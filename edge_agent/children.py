@@ -4,6 +4,7 @@ What a child imported is gone with it, too: libraries that are needed once a day
 """
 
 import contextlib
+import math
 import os
 import resource
 import select
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,23 +45,11 @@ def run_child(module: str, *arguments: str, given: bytes = b"", deadline_s: floa
         DeadlineError: It took longer than `deadline_s`.
         TransientError: This machine cannot start a process now.
     """
-    try:
-        child = subprocess.Popen(
-            [sys.executable, "-B", "-m", module, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"},
-        )
-    except OSError as error:
-        raise TransientError(f"no process can be started: {error.strerror or error}") from error
-    with child:
-        with contextlib.suppress(OSError):  # it has ended already
-            os.setpriority(os.PRIO_PROCESS, child.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
+    with start_child(module, arguments) as child:
         try:
             said, _ = child.communicate(given, deadline_s)
         except subprocess.TimeoutExpired as error:
-            cpu_s = _read_cpu_s(child.pid)
+            cpu_s = read_cpu_s(child.pid)
             child.kill()
             raise DeadlineError(f"not done within {deadline_s:g} s", cpu_s=cpu_s) from error
     _check_end(child.returncode, said)
@@ -117,7 +106,7 @@ class Copy:
         """Return what it says next; empty when it has ended."""
         left_s = max(0.0, self._ends_s - time.monotonic())
         if not select.select([self._said], [], [], left_s)[0]:
-            raise DeadlineError(f"not done within {self._deadline_s:g} s", cpu_s=_read_cpu_s(self._pid))
+            raise DeadlineError(f"not done within {self._deadline_s:g} s", cpu_s=read_cpu_s(self._pid))
         return os.read(self._said, _SAID_MAX_BYTES)
 
 
@@ -126,12 +115,13 @@ def bound_this_process(*, memory_bytes: int, cpu_s: int, writes: bool) -> None:
 
     Args:
         memory_bytes: Address space beyond what it has now; NumPy and onnxruntime take 0.2 GiB.
-        cpu_s: Processor time.
+        cpu_s: Processor time; `extend_cpu_limit` gives it more.
         writes: Whether it may write files.
     """
     has_bytes = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     forbid_core_dumps()
-    limits = {resource.RLIMIT_AS: has_bytes + memory_bytes, resource.RLIMIT_CPU: cpu_s}
+    extend_cpu_limit(cpu_s)
+    limits = {resource.RLIMIT_AS: has_bytes + memory_bytes}
     if not writes:
         limits[resource.RLIMIT_FSIZE] = 0
     for limit, most in limits.items():
@@ -140,9 +130,33 @@ def bound_this_process(*, memory_bytes: int, cpu_s: int, writes: bool) -> None:
         resource.setrlimit(limit, (allowed, allowed))
 
 
+def extend_cpu_limit(cpu_s: int) -> None:
+    """Let this child take `cpu_s` of processor time from now on, and end it then."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    most = math.ceil(time.process_time()) + cpu_s
+    resource.setrlimit(resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
 def forbid_core_dumps() -> None:
     """Have a crash of this process write nothing of its memory, such as keys and samples, to disk."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def start_child(module: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Return `python -m module` with pipes as its input and output; raises TransientError."""
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-B", "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"},
+        )
+    except OSError as error:
+        raise TransientError(f"no process can be started: {error.strerror or error}") from error
+    with contextlib.suppress(OSError):  # it has ended already
+        os.setpriority(os.PRIO_PROCESS, child.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
+    return child
 
 
 def _be_copy(work: Callable[[], int], said: int) -> NoReturn:
@@ -162,15 +176,20 @@ def _check_end(code: int, said: bytes) -> None:
     """Raise StalledError unless `code` is 0."""
     if code:
         reason = " ".join(said.decode(errors="replace").split())[:_SAID_MAX_CHARS]
-        raise StalledError(reason or _describe_end(code))
+        raise StalledError(reason or describe_end(code))
 
 
-def _read_cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+def read_cpu_s(pid: int) -> float:
+    """Return how much processor time a process has had; 0 for one that is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _describe_end(code: int) -> str:
+def describe_end(code: int) -> str:
+    """Return in words how a child ended."""
     if code > 0:
         return f"the process it was tried in ended with exit code {code}"
     try:

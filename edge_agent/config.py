@@ -216,16 +216,20 @@ class ServingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TelemetrySettings:
-    """How often the device reports measurements of itself, and what waits while its broker is away.
+    """How the device reports measurements of itself, and what waits while its broker is away.
 
     Attributes:
+        interval_s: Between two reports.
         kept_mb: Telemetry and events together; the oldest telemetry gives way first.
         kept_days: After which telemetry gives way.
+        share_quality: Whether the fleet may know in numbers why a version did not pass its probation on this device's
+            own requests.
     """
 
     interval_s: float = 60.0
     kept_mb: int = 8
     kept_days: float = 7.0
+    share_quality: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.kept_mb <= 10_000:
@@ -325,6 +329,7 @@ class AgentSettings:
         tuf_root_path: The root of trust that enrolment put there.
         grpc: None for a device that answers over HTTP only.
         federation: None for a device that only serves.
+        region: Which releases may ask for; "" for none.
     """
 
     device_id: str
@@ -332,6 +337,7 @@ class AgentSettings:
     model: str
     state_dir: Path
     tuf_root_path: Path
+    region: str = ""
     http: HttpSettings = field(default_factory=HttpSettings)
     grpc: GrpcSettings | None = None
     broker: BrokerSettings = field(default_factory=BrokerSettings)
@@ -352,6 +358,8 @@ class AgentSettings:
         check_name(self.device_id, "device_id")
         check_name(self.fleet, "fleet")
         check_name(self.model, "model")
+        if self.region:
+            check_name(self.region, "region")
 
     @property
     def uds_path(self) -> Path:

@@ -17,6 +17,14 @@ class StalledError(AgentError):
     """Retrying will not help: a person or a new release must act."""
 
 
+class UnfitError(StalledError):
+    """The release is for other devices; `version` is its number."""
+
+    def __init__(self, message: str, *, version: int) -> None:
+        super().__init__(message)
+        self.version = version
+
+
 class EngineError(StalledError):
     """This device cannot run the training engine of a version; its owner can change that."""
 

@@ -25,6 +25,7 @@ from models.contract.encoding import build_json
 from models.contract.ledger import LedgerHead
 from models.contract.messages import Ack, Event, EventKind, Status
 from models.contract.topics import Channel, build_device_topic
+from models.contract.wave import Traits
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +42,12 @@ class Reporter:
     """
 
     def __init__(
-        self, settings: AgentSettings, version: str, *, link: Link, updater: Updater, server: ModelServer
+        self, settings: AgentSettings, traits: Traits, *, link: Link, updater: Updater, server: ModelServer
     ) -> None:
         """Open the outbox; if the disk has none to give, events wait in memory."""
         self.ignored = 0
         self._settings = settings
-        self._version = version
+        self._traits = traits
         self._link = link
         self._updater = updater
         self._server = server
@@ -144,7 +145,7 @@ class Reporter:
         status = Status(
             sent_at=time.time(),
             online=online,
-            agent=self._version,
+            agent=self._traits.agent,
             model=self._settings.model,
             version=current.manifest.version if current else None,
             digest=current.digest if current else None,
@@ -152,6 +153,7 @@ class Reporter:
             update=self._updater.phase.value,
             trains=self._settings.federation is not None,
             challenger=self._server.find_challenger(),
+            traits=self._traits,
         )
         return Publication(topic=self._status_topic, payload=build_json(status), retain=True)
 

@@ -14,6 +14,7 @@ from edge_agent.reporter import Reporter
 from edge_agent.training.job import TrainingJob, build_job, parse_event
 from edge_agent.training.supervisor import Bounds, Supervisor
 from edge_agent.updates.installer import Updater
+from edge_agent.updates.told_floors import TOLD_NAME, keep_told
 from models.contract.errors import EnvelopeError, MalformedError
 from models.contract.messages import EventKind
 
@@ -101,7 +102,10 @@ class TrainingDesk:
             fleet=self._settings.fleet,
             device_id=self._settings.device_id,
         )
-        return gate.accept(payload, now_s=time.time())
+        command = gate.accept(payload, now_s=time.time())
+        if command.floors is not None:
+            keep_told(self._settings.state_dir / TOLD_NAME, command.floors)
+        return command
 
     def _build_job(self, command: "WakeCommand") -> TrainingJob:
         settings, federation, version = self._settings, self._settings.federation, self._updater.current()

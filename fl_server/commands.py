@@ -47,13 +47,15 @@ def run_enroll(arguments: Namespace) -> None:
     from fl_server.rollout.repository import ReleaseRepository
 
     settings, directory = _load(arguments)
+    repository = ReleaseRepository(directory)
     federation = Federation(
         fleet=settings.fleet,
         broker_host=settings.broker.host,
         broker_port=settings.broker.port,
         superlink=settings.superlink.address,
         ca=directory.ca_path.read_bytes(),
-        tuf_root=ReleaseRepository(directory).load_root(),
+        tuf_root=repository.load_root(),
+        floors=repository.build_floors(),
     )
     model = arguments.model or _get_only_model(settings)
     with Roster(directory.database_path) as roster:

@@ -28,6 +28,7 @@ from fl_server.jobs import Job, Jobs, JobState, PromoteRequest, ReleaseRequest, 
 from fl_server.orders import Orders
 from fl_server.release import PUBLISH_ERRORS, ReleaseResult, Releases
 from fl_server.rollout.keys import load_key
+from fl_server.rollout.repository import ReleaseRepository
 from fl_server.spent import recover_spent
 from fl_server.superlink import SuperLink, check_port_free
 from fl_server.training_run import RunResult, Services, TrainingRun
@@ -92,7 +93,9 @@ class Coordinator:
         self._superlink = SuperLink(settings.superlink, directory, roster)
         self._releases = Releases(settings, directory, link.publish)
         orders = Orders(fleet=settings.fleet, key=load_key(directory.order_key_path))
-        self._announcer = Announcer(link, orders, roster, settings.rounds)
+        self._announcer = Announcer(
+            link, orders, roster, settings.rounds, load_floors=ReleaseRepository(directory).build_floors
+        )
         self._services = Services(
             settings=settings,
             directory=directory,

@@ -49,6 +49,15 @@ class Directory:
         return self.online_keys_dir / "orders.pem"
 
     @property
+    def statement_key_path(self) -> Path:
+        """The key that signs the bundles beside versions; made by the first release."""
+        return self.path / "keys" / "statements.pem"
+
+    @property
+    def statement_public_key_path(self) -> Path:
+        return self.path / "keys" / "statements.pub.pem"
+
+    @property
     def tuf_dir(self) -> Path:
         return self.path / "tuf"
 

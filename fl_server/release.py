@@ -8,7 +8,7 @@ import asyncio
 import logging
 import shutil
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -32,6 +32,7 @@ from fl_server.packaging.package import Tools, package_version
 from fl_server.packaging.precision import StrayingError
 from fl_server.packaging.tflite import build_exporter
 from fl_server.registry.registry import ModelVersion, Registry, RegistryError
+from fl_server.registry.statements import open_statement_key, write_statements
 from fl_server.rollout.publisher import Publish, Publisher, count_pushed_bytes, list_blobs, load_blob
 from fl_server.rollout.repository import ReleaseRepository
 from models.contract.encoding import build_digest, build_json, parse_json
@@ -241,6 +242,7 @@ class Releases:
                 manifests = {alias: version.load_manifest_bytes() for alias, version in sound.items()}
                 split = _load_split(registry, sound.get("challenger"))
                 self._repository.set_release(model, manifests, now=now, split=split, kept=released.keys() - sound)
+                self._write_statements(sound.values())
                 for version in sound.values():
                     blobs |= list_blobs(version.directory)
                 is_whole = is_whole and sound == released
@@ -251,6 +253,16 @@ class Releases:
             )
             self._expiring = expiring
         return build_offer(self._repository.load_metadata()), blobs, is_whole
+
+    def _write_statements(self, versions: Iterable[ModelVersion]) -> None:
+        """Let every version have its statements; devices fetch none of them, so a full disk holds back no release."""
+        paths = self._directory.statement_key_path, self._directory.statement_public_key_path
+        try:
+            key = open_statement_key(*paths)
+            for version in versions:
+                write_statements(version, key)
+        except (ServerError, OSError) as error:
+            logger.error("statements are not written: %s", error)  # noqa: TRY400
 
     def _get_settings(self, model: str) -> ModelSettings:
         resolve_definition(self._settings, model, self._directory.path)  # raises what names the missing section

@@ -49,6 +49,8 @@ class Engine:
         self._loaded: tuple[ServedModel, ...] = ()
         self._limit = 0  # of 2 ** 64: keys that hash below it are the challenger's
         self._shadow: Shadow | None = None
+        self._rehearsal: Shadow | None = None
+        self._mirrors: tuple[Shadow, ...] = ()
 
     @property
     def active(self) -> ServedModel | None:
@@ -63,6 +65,7 @@ class Engine:
                 self._shadow.close()
             rivalry = self._rivalry if model is not None and self._may_challenge(model) else None
             self._shadow = Shadow(rivalry.model) if rivalry is not None and rivalry.shadow else None
+            self._set_mirrors()
             self._limit = 0 if rivalry is None else round(rivalry.weight * 2**64)
             self._loaded = () if model is None else (model,) if rivalry is None else (model, rivalry.model)
 
@@ -76,6 +79,12 @@ class Engine:
         with self._changing:  # a champion that comes meanwhile is not undone
             self._rivalry = rivalry
             self.activate(self.active)
+
+    def rehearse(self, shadow: Shadow | None) -> None:
+        """Have `shadow` compared with the champion's answers too, until None takes it away; the caller ends it."""
+        with self._changing:
+            self._rehearsal = shadow
+            self._set_mirrors()
 
     def list_models(self) -> tuple[ServedModel, ...]:
         """Return every loaded version, the champion first."""
@@ -107,10 +116,10 @@ class Engine:
         raise RequestError(f"version {version!r:.80} of {name!r} is not loaded, {served} is", status=404)
 
     def mirror(self, model: ServedModel, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """Have the challenger compared with this answer of `model`, later; never blocks or raises."""
-        shadow = self._shadow
-        if shadow is not None and model is self.active:
-            shadow.offer(inputs, outputs)
+        """Have what is in the shadow compared with this answer of `model`, later; never blocks or raises."""
+        for shadow in self._mirrors:
+            if model is self.active:
+                shadow.offer(inputs, outputs)
 
     def snapshot_shadow(self) -> ShadowSnapshot | None:
         """Return what the comparisons found since the champion became it; None without any."""
@@ -136,6 +145,9 @@ class Engine:
         """Give back the memory of every version, until one is loaded; raises as `load`."""
         self._get_loader(name)
         self.activate(None)
+
+    def _set_mirrors(self) -> None:
+        self._mirrors = tuple(shadow for shadow in (self._shadow, self._rehearsal) if shadow is not None)
 
     def _get_loader(self, name: str) -> Callable[[], None]:
         if self._load_again is None:

@@ -158,7 +158,7 @@ def load_model(directory: Path, manifest: ModelManifest) -> ServedModel:
 
 def _run_on_zeros(model: ServedModel, rows: int) -> dict[str, Array]:
     try:
-        return model.infer(_build_zeros(model.manifest, rows))
+        return model.infer(build_zeros(model.manifest, rows))
     except AgentError as error:
         raise StalledError(f"{model.manifest.model} {model.version}: zeros of {rows} rows: {error}") from error
 
@@ -174,7 +174,7 @@ def _measure_batching(model: ServedModel) -> bool:
 
 def _answers_alike(model: ServedModel) -> bool:
     """Return whether a row's answer does not depend on what else is in its batch, as with scales taken from it."""
-    both = {name: array.copy() for name, array in _build_zeros(model.manifest, 2).items()}
+    both = {name: array.copy() for name, array in build_zeros(model.manifest, 2).items()}
     for array in both.values():
         if array.dtype.kind == "f":
             wave = np.sin(np.arange(array[0].size)).reshape(array.shape[1:])  # numpy.random would take 2 MB
@@ -198,7 +198,7 @@ def _is_same(one: Array, other: Array) -> bool:
 
 def _measure(model: ServedModel, rows: int) -> float:
     """Return the shortest time of a few runs, s."""
-    zeros, times_s = _build_zeros(model.manifest, rows), []
+    zeros, times_s = build_zeros(model.manifest, rows), []
     for _ in range(_PROBE_TRIES):
         started_s = time.perf_counter()
         model.infer(zeros)
@@ -206,7 +206,8 @@ def _measure(model: ServedModel, rows: int) -> float:
     return min(times_s)
 
 
-def _build_zeros(manifest: ModelManifest, rows: int) -> dict[str, Array]:
+def build_zeros(manifest: ModelManifest, rows: int) -> dict[str, Array]:
+    """Return inputs by name for `rows` rows of zeros and empty strings."""
     return {
         spec.name: np.full((rows, *spec.row_shape), "" if spec.dtype == "string" else 0, spec.numpy_dtype)
         for spec in manifest.inputs

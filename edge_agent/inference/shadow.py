@@ -5,12 +5,12 @@ import queue
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from edge_agent.errors import AgentError
 from edge_agent.inference.backend import Array
-from edge_agent.inference.model import ServedModel
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,22 @@ class ShadowSnapshot:
     dropped: int = 0
 
 
+class Compared(Protocol):
+    """What answers in the shadow; a `ServedModel`, or one in another process."""
+
+    def check(self, inputs: Mapping[str, Array]) -> None:
+        """Raise AgentError if it does not take `inputs`."""
+        ...
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the outputs by name; raises AgentError."""
+        ...
+
+
 class Shadow:
     """One challenger beside one champion."""
 
-    def __init__(self, challenger: ServedModel) -> None:
+    def __init__(self, challenger: Compared) -> None:
         self._challenger = challenger
         self._waiting: queue.SimpleQueue[tuple[Mapping[str, Array], Mapping[str, Array], int] | None] = (
             queue.SimpleQueue()
@@ -81,6 +93,12 @@ class Shadow:
         """End the thread after what it is at; what still waits is compared first."""
         self._waiting.put(None)
 
+    def finish(self, timeout_s: float) -> None:
+        """As `close`, and return when the thread has ended, or after `timeout_s`."""
+        self.close()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
     def _work(self) -> None:
         while (item := self._waiting.get()) is not None:
             inputs, outputs, size_bytes = item
@@ -118,8 +136,12 @@ def compare_outputs(champion: Mapping[str, Array], challenger: Mapping[str, Arra
     rows, agrees, largest = 0, None, 0.0
     for name, array in champion.items():
         rows = len(array)
-        ours = array.reshape(rows, -1).astype(np.float64)
-        theirs = challenger[name].reshape(rows, -1).astype(np.float64)
+        ours, theirs = array.reshape(rows, -1), challenger[name].reshape(rows, -1)
+        if array.dtype.kind == "O":  # strings have no distance
+            same = (ours == theirs).all(axis=1)
+            agrees = same if agrees is None else agrees & same
+            continue
+        ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
         same = (
             ours.argmax(axis=1) == theirs.argmax(axis=1)
             if ours.shape[1] > 1

@@ -8,16 +8,18 @@ Each chunk is kept on disk as it arrives, so that an interrupted fetch resumes w
 import asyncio
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from edge_agent.errors import TransientError
 from models.contract.encoding import build_digest
 from models.contract.manifest import FileEntry
 from models.contract.offer import CHUNK_MAX_BYTES, count_chunks
 from models.contract.topics import build_blob_topic
+
+OnBytes: TypeAlias = Callable[[int], None]
 
 CHUNK_TIMEOUT_S = 10.0  # a retained message comes at once or not at all
 
@@ -36,8 +38,12 @@ class BlobStore:
     def __init__(self, directory: Path, *, reader: RetainedReader, fleet: str, window: int = 4) -> None:
         self._dir, self._reader, self._fleet, self._window = directory, reader, fleet, window
 
-    async def fetch(self, entry: FileEntry) -> None:
+    async def fetch(self, entry: FileEntry, on_bytes: OnBytes = lambda _: None) -> None:
         """Fetch what is missing of `entry` and verify the whole; the caller sets the deadline.
+
+        Args:
+            entry: What to fetch.
+            on_bytes: Is told of so many bytes more that are here, also of those that were.
 
         Raises:
             TransientError: A chunk did not come or has a wrong length, the digest does not fit, or the disk is full.
@@ -45,7 +51,8 @@ class BlobStore:
         with self._keeping(entry):
             (self._dir / entry.digest).mkdir(parents=True, exist_ok=True)
             missing = [index for index in range(count_chunks(entry.size_bytes)) if not self._has_chunk(entry, index)]
-        await self._fetch_chunks(entry, missing)
+        on_bytes(entry.size_bytes - sum(_get_chunk_bytes(entry, index) for index in missing))
+        await self._fetch_chunks(entry, missing, on_bytes)
         with self._keeping(entry):
             found = await asyncio.to_thread(self._hash, entry)
         if found != entry.digest:
@@ -79,12 +86,13 @@ class BlobStore:
                 if path.name not in wanted:
                     self._discard(path.name)
 
-    async def _fetch_chunks(self, entry: FileEntry, indices: list[int]) -> None:
+    async def _fetch_chunks(self, entry: FileEntry, indices: list[int], on_bytes: OnBytes) -> None:
         remaining = iter(indices)
 
         async def fetch_some() -> None:
             for index in remaining:
                 await self._fetch_chunk(entry, index)
+                on_bytes(_get_chunk_bytes(entry, index))
 
         try:
             async with asyncio.TaskGroup() as group:

@@ -11,18 +11,18 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
-from edge_agent.errors import AgentError, StalledError, TransientError
+from edge_agent.errors import AgentError, StalledError, TransientError, UnfitError
 from edge_agent.updates.blobs import BlobStore
 from edge_agent.updates.challenger_slot import Challenger, ChallengerSlot, Held
 from edge_agent.updates.download import Downloader, OnEvent, list_needed
+from edge_agent.updates.following import Release, check_requirements, find_release
 from edge_agent.updates.retry import Retry
 from edge_agent.updates.settings import UpdaterSettings
 from edge_agent.updates.slots import TRIES, Slots
 from edge_agent.updates.targets import SignedTargets
 from models.contract.errors import ContractError
-from models.contract.manifest import FileEntry, parse_manifest
+from models.contract.manifest import parse_manifest
 from models.contract.messages import EventKind
-from models.contract.offer import build_release_target
 from models.contract.terms import Split
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,7 @@ class ChallengerUpdater:
         self._slot, self._settings, self._champions = slot, settings, champions
         self._blobs, self._serve, self._on_event = blobs, serve, on_event
         self._downloader = Downloader(
-            model=settings.model,
-            trains=settings.trains,
+            settings,
             blobs=blobs,
             slots=champions,
             on_event=lambda kind, message, version: logger.debug("challenger %s: %s: %s", version, kind, message),
@@ -66,7 +65,7 @@ class ChallengerUpdater:
         self._busy = asyncio.Lock()
         self._release: SignedTargets | None = None  # the newest; an older one that waits is passed over
         self._served: Held | None = None
-        self._told = ""  # digest of what the owner's challenger was said to stand in the way of
+        self._told = ""  # why the release's challenger does not stand here, as it was last said
         self._retry = Retry(self._try_again, delay_s=settings.retry_delay_s)
         self._steady = Retry(self._give_back_tries, delay_s=settings.steady_s)
 
@@ -101,32 +100,34 @@ class ChallengerUpdater:
         except (TransientError, OSError) as error:
             self._refuse(str(error))
             self._retry.later()
+        except UnfitError as error:
+            self._refuse_once(str(error), error.version)
         except (AgentError, ContractError) as error:
             self._refuse(str(error))
 
-    async def _bring(self, release: SignedTargets) -> None:
-        path = build_release_target(self._settings.model, "challenger")
-        entry, held = release.find_target(path), self._slot.held
-        if held is not None and (entry is None or held.digest != entry.digest):
+    async def _bring(self, targets: SignedTargets) -> None:
+        release, held = find_release(targets, self._settings.model, "challenger"), self._slot.held
+        if held is not None and (release is None or held.digest != release.entry.digest):
             await self._drop(held)
-        if entry is None or self._champions.active is None:
+        if release is None or self._champions.active is None:
             return
-        terms = release.parse_terms(path)
-        if terms.split is None:
-            raise StalledError(f"target {path} is signed without a split")
+        split = release.terms.split
+        if split is None:
+            raise StalledError("the challenger is signed without a split")
         if self._serve is None:
-            self._tell_of_the_owner(entry.digest, terms.version)
-        elif entry.digest not in self._slot.rejected | self._champions.rejected:
+            self._refuse_once("the owner's own, [serving] challenger, stays", release.terms.version)
+        elif release.entry.digest not in self._slot.rejected | self._champions.rejected:
             if self._slot.held is None:
-                await self._stage(entry, release, terms.split)
-            elif self._slot.held.split != terms.split:
-                await asyncio.to_thread(self._slot.set_split, terms.split)
+                await self._stage(release, targets, split)
+            elif self._slot.held.split != split:
+                await asyncio.to_thread(self._slot.set_split, split)
             if self._slot.held != self._served:
                 await self._try(self._serve)
 
-    async def _stage(self, entry: FileEntry, release: SignedTargets, split: Split) -> None:
+    async def _stage(self, release: Release, targets: SignedTargets, split: Split) -> None:
+        check_requirements(release, self._settings.traits)
         async with asyncio.timeout(self._settings.deadline_s):
-            data = await self._downloader.fetch(entry, release.find_target)
+            data = await self._downloader.fetch(release.entry, targets.find_target)
         needed = list_needed(parse_manifest(data), trains=self._settings.trains)
         await asyncio.to_thread(self._slot.stage, data, needed, self._blobs.read, split)
 
@@ -186,10 +187,11 @@ class ChallengerUpdater:
         self._retry.settle()
         self._blobs.keep_only(())
 
-    def _tell_of_the_owner(self, digest: str, version: int) -> None:
-        if digest != self._told:
-            self._told = digest
-            self._refuse("the owner's own, [serving] challenger, stays", version)
+    def _refuse_once(self, reason: str, version: int) -> None:
+        told = f"{version}: {reason}"
+        if told != self._told:
+            self._told = told
+            self._refuse(reason, version)
 
     def _refuse(self, reason: str, version: int | None = None) -> None:
         self._on_event(EventKind.CHALLENGER_REFUSED, reason, version)

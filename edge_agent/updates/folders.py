@@ -30,7 +30,7 @@ def fill_slot(
         OSError: The disk is full or broken; what was written is removed.
         TransientError: A file is not what the manifest says.
     """
-    entries = parse_manifest(manifest).files
+    entries = parse_manifest(manifest).all_files
     files = {name: entries[name] for name in names}
     try:
         (slot_dir / MANIFEST_NAME).unlink(missing_ok=True)
@@ -58,7 +58,7 @@ def load_manifest(slot_dir: Path, digest: str) -> ModelManifest:
         if build_digest(data) != digest:
             raise StalledError(f"{MANIFEST_NAME} in slot {slot_dir.name} is damaged")
         manifest = parse_manifest(data)
-        for name, entry in manifest.files.items():
+        for name, entry in manifest.all_files.items():
             needed = name in manifest.serving_names or (slot_dir / name).exists()
             if needed and not _is_file(slot_dir / name, entry):
                 raise StalledError(f"{name} in slot {slot_dir.name} is damaged")

@@ -6,48 +6,33 @@ go better next time is tried again, after a delay that doubles; what failed its 
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
 
-from edge_agent.errors import AgentError, StalledError, TransientError
+from edge_agent.errors import AgentError, TransientError, UnfitError
 from edge_agent.updates.blobs import BlobStore, RetainedReader
 from edge_agent.updates.challenger import ChallengerUpdater, ServeChallenger
 from edge_agent.updates.challenger_slot import ChallengerSlot
 from edge_agent.updates.download import Downloader, OnEvent, list_needed
-from edge_agent.updates.machine import (
-    Action,
-    Activated,
-    Event,
-    Failed,
-    Fetched,
-    Healthy,
-    Offered,
-    Phase,
-    UpdateState,
-    advance,
-)
-from edge_agent.updates.probation import Probation, TryVersion
+from edge_agent.updates.following import Release
+from edge_agent.updates.machine import Action, Failed, Fetched, Offered, Phase
+from edge_agent.updates.offers import OfferDesk, OpenOffer
+from edge_agent.updates.probation import CheckVersion, OpenRehearsal, Probation, TryVersion
 from edge_agent.updates.retry import Retry
 from edge_agent.updates.settings import UpdaterSettings
-from edge_agent.updates.slots import TRIES, Slots, Version
+from edge_agent.updates.slots import Slots, Version
+from edge_agent.updates.standing import Standing
 from edge_agent.updates.targets import SignedTargets
-from models.contract.encoding import build_digest
+from edge_agent.updates.trials import Job, Trials
 from models.contract.errors import ContractError
-from models.contract.files import save_atomically
-from models.contract.manifest import FileEntry, parse_manifest
+from models.contract.manifest import parse_manifest
 from models.contract.messages import EventKind
-from models.contract.offer import COORDINATOR_KEY_TARGET, build_release_target
 
 logger = logging.getLogger(__name__)
 
-OpenOffer: TypeAlias = Callable[[bytes], SignedTargets]
-_Job: TypeAlias = Callable[[], Awaitable[None]]
-
 
 class Updater:
-    """Keeps a device on its fleet's champion; used on one event loop."""
+    """Keeps a device on the release of its fleet that is for it; used on one event loop."""
 
     def __init__(
         self,
@@ -55,6 +40,8 @@ class Updater:
         *,
         open_offer: OpenOffer,
         reader: RetainedReader,
+        check_version: CheckVersion,
+        open_rehearsal: OpenRehearsal,
         try_version: TryVersion,
         serve_challenger: ServeChallenger | None,
         on_event: OnEvent,
@@ -65,24 +52,38 @@ class Updater:
             settings: What this updater is told.
             open_offer: Verifies an offer and trusts it from then on; raises StalledError. Called on a worker thread.
             reader: Reads retained messages.
+            check_version: As `Probation`; on a worker thread.
+            open_rehearsal: As `Probation`; on a worker thread.
             try_version: Loads the version in a directory, warms it up and answers with it from then on; raises if
                 it is not healthy, and then nothing has changed. Called on a worker thread, also to change back.
             serve_challenger: Sets the release's challenger beside the champion, or none; None if the owner has one.
             on_event: Called on the loop with what happened, one line for a person, and the version it is about.
         """
-        self._settings, self._open_offer, self._on_event = settings, open_offer, on_event
+        self._settings, self._on_event = settings, on_event
         downloads_dir = settings.state_dir / "downloads"
-        self._blobs, self._keys, challenger_blobs = (
+        self._blobs, keys, challenger_blobs = (
             BlobStore(downloads_dir / name, reader=reader, fleet=settings.fleet, window=settings.window)
             for name in ("versions", "keys", "challenger")
         )
         self._slots = Slots(settings.state_dir / "slots")
         self._probation = Probation(
-            try_version=try_version, get_active=self.current, timeout_s=settings.trial_timeout_s
+            check_version=check_version,
+            open_rehearsal=open_rehearsal,
+            try_version=try_version,
+            get_active=self.current,
+            timeout_s=settings.trial_timeout_s,
+            tells_why=settings.shares_quality,
         )
-        self._downloader = Downloader(
-            model=settings.model, trains=settings.trains, blobs=self._blobs, slots=self._slots, on_event=self._report
+        self._standing = Standing(self._slots, trains=settings.trains)
+        self._trials = Trials(
+            self._slots,
+            self._probation,
+            self._standing,
+            on_event=self._report,
+            on_settled=self._settle,
+            resume=self._resume,
         )
+        self._downloader = Downloader(settings, blobs=self._blobs, slots=self._slots, on_event=self._report)
         self._challenger = ChallengerUpdater(
             ChallengerSlot(settings.state_dir / "slots"),
             settings,
@@ -91,12 +92,13 @@ class Updater:
             serve=serve_challenger,
             on_event=self._report,
         )
-        self._state = self._load_state()
-        self._considering = asyncio.Lock()
-        self._payload = b""  # the newest offer that was not refused: what a retry starts from
-        self._deferred: tuple[str, _Job] | None = None  # digest, and what waits for the trial under way
-        self._task: asyncio.Task[None] | None = None
         self._retry = Retry(self._try_again, delay_s=settings.retry_delay_s)
+        self._offers = OfferDesk(
+            settings, open_offer=open_offer, keys=keys, on_event=self._report, try_later=self._retry.later
+        )
+        self._considering = asyncio.Lock()
+        self._deferred: tuple[str, Job] | None = None  # digest, and what waits for the trial under way
+        self._task: asyncio.Task[None] | None = None
 
     def current(self) -> Version | None:
         """Return the version to serve, None before the first update."""
@@ -104,12 +106,12 @@ class Updater:
 
     @property
     def phase(self) -> Phase:
-        return self._state.phase
+        return self._standing.phase
 
     @property
     def coordinator_key_path(self) -> Path:
         """The verified key that signs orders to devices, once an offer brought it."""
-        return self._settings.state_dir / "coordinator.pem"
+        return self._settings.order_key_path
 
     async def start(self) -> None:
         """Report damage and end a trial that a crash left; call it once, when `current()` is served."""
@@ -122,167 +124,106 @@ class Updater:
         await self._challenger.resume()
 
     async def handle_offer(self, payload: bytes) -> None:
-        """Bring the device to what `payload` offers; returns when that has ended, well or not.
+        """Bring the device to what `payload` offers; returns when that has ended, well or not, or is in the shadow.
 
         May be called while an earlier call is under way: a newer offer takes over a fetch, and waits for a trial.
         """
         self._retry.cancel()
         async with self._considering:
-            release = await self._open(payload)
-            job = None if release is None else await self._consider(release)
+            targets = await self._offers.open(payload)
+            job = None if targets is None else await self._consider(targets)
             if job is not None:
-                self._task = asyncio.create_task(self._drain(job))
+                self._resume(job)
         if self._task is not None and not self._task.done():
             await asyncio.wait({self._task})
-        if release is not None:
-            await self._challenger.follow(release)
+        if targets is not None:
+            await self._challenger.follow(targets)
 
     async def close(self) -> None:
         """End what is under way; the next start goes on from what is on disk."""
         self._retry.cancel()
         await self._challenger.close()
+        await self._trials.close()
         await self._cancel_task()
 
-    async def _open(self, payload: bytes) -> SignedTargets | None:
-        """Return what a genuine offer signs."""
-        try:
-            release = await asyncio.to_thread(self._open_offer, payload)
-        except (AgentError, OSError) as error:
-            self._report(EventKind.FAILED, str(error))
-            if isinstance(error, TransientError):
-                self._payload = payload
-                self._retry.later()
-            return None
-        self._payload = payload
-        return release
-
-    async def _consider(self, release: SignedTargets) -> _Job | None:
+    async def _consider(self, targets: SignedTargets) -> Job | None:
         """Return what the offer gives to do now."""
-        try:
-            champion = release.find_target(build_release_target(self._settings.model, "champion"))
-        except AgentError as error:
-            self._report(EventKind.FAILED, str(error))
-            return None
-        await self._update_key(release)
-        self._deferred = None
-        if champion is None:
-            logger.info("the offer has no champion of %s", self._settings.model)
-            return None
-        job = partial(self._install, release, champion)
-        action = self._advance(Offered(champion.digest))
+        await self._offers.update_key(targets)
+        self._deferred, active = None, self._slots.active
+        release = self._offers.choose(targets, None if active is None else active.digest)
+        action = self._standing.advance(Offered(None if release is None else release.entry.digest))
         if action in (Action.FETCH, Action.ABANDON):
             await self._cancel_task()
-        if action is Action.DEFER:
-            self._deferred = (champion.digest, job)
-        if self._slots.trial is not None and (self._task is None or self._task.done()):
-            return self._conclude  # its verdict could not be written the last time
+        job = None if release is None else partial(self._install, targets, release)
+        if action is Action.DEFER and release is not None and job is not None:
+            self._deferred = (release.entry.digest, job)
+        await self._trials.let_go(None if release is None else release.entry.digest)
+        is_idle = (self._task is None or self._task.done()) and not self._trials.is_in_shadow
+        if self._slots.trial is not None and is_idle:
+            return self._trials.conclude  # its verdict could not be written the last time
         return job if action is Action.FETCH else None
 
-    async def _update_key(self, release: SignedTargets) -> None:
-        path = self.coordinator_key_path
-        try:
-            entry = release.find_target(COORDINATOR_KEY_TARGET)
-            if entry is None or (path.exists() and build_digest(path.read_bytes()) == entry.digest):
-                return
-            async with asyncio.timeout(self._settings.deadline_s):
-                await self._keys.fetch(entry)
-            save_atomically(path, b"".join(self._keys.read(entry)))
-            self._keys.keep_only(())
-        except (AgentError, OSError) as error:
-            self._report(EventKind.FAILED, f"coordinator key: {error or 'it did not come in time'}")
-            self._retry.later()
-
     async def _end_trial(self) -> None:
-        self._task = asyncio.create_task(self._drain(self._conclude))
+        self._task = asyncio.create_task(self._drain(self._trials.conclude))
         await asyncio.wait({self._task})
 
-    async def _drain(self, job: _Job) -> None:
+    def _resume(self, job: Job) -> None:
+        self._task = asyncio.create_task(self._drain(job))
+
+    async def _drain(self, job: Job) -> None:
         """Do `job`, then what was deferred meanwhile."""
         await self._attempt(job)
         while self._deferred is not None and self._slots.trial is None:
             digest, job = self._deferred
             self._deferred = None
-            if self._advance(Offered(digest)) is Action.FETCH:
+            if self._standing.advance(Offered(digest)) is Action.FETCH:
                 await self._attempt(job)
 
-    async def _attempt(self, job: _Job) -> None:
+    async def _attempt(self, job: Job) -> None:
         try:
             await job()
         except TimeoutError:
             self._give_up(f"the fetch was not complete within {self._settings.deadline_s:.0f} s", retry=True)
         except (TransientError, OSError) as error:
             self._give_up(str(error), retry=True)
+        except UnfitError as error:
+            self._offers.refuse(str(error), error.version)
+            self._end_step()
         except (AgentError, ContractError) as error:
             self._give_up(str(error), retry=False)
 
     def _give_up(self, reason: str, *, retry: bool) -> None:
         self._report(EventKind.FAILED, reason)
-        if self._slots.trial is not None:  # its verdict could not be written: the disk says where we are
-            self._state = self._load_state()
-        elif self._state.target is not None:
-            self._advance(Failed(self._state.target))
+        self._end_step()
         if retry:
             self._retry.later()
 
-    async def _install(self, release: SignedTargets, champion: FileEntry) -> None:
+    def _end_step(self) -> None:
+        if self._slots.trial is not None:  # its verdict could not be written: the disk says where we are
+            self._standing.reload()
+        elif self._standing.target is not None:
+            self._standing.advance(Failed(self._standing.target))
+
+    async def _install(self, targets: SignedTargets, release: Release) -> None:
         if self._probation.is_hanging:
             raise TransientError("a version that hangs still holds the runtime")
         async with asyncio.timeout(self._settings.deadline_s):
-            data = await self._downloader.fetch(champion, release.find_target)
-        self._advance(Fetched(champion.digest))
+            data = await self._downloader.fetch(release.entry, targets.find_target)
+        self._standing.advance(Fetched(release.entry.digest))
         manifest = parse_manifest(data)
         self._report(EventKind.UPDATING, "staging and trying", manifest.version)
         needed = list_needed(manifest, trains=self._settings.trains)
-        await asyncio.to_thread(self._slots.stage, data, needed, self._blobs.read)
-        await self._conclude()
-
-    async def _conclude(self) -> None:
-        """Lead the staged version to its verdict."""
-        digest = self._slots.get_trial().digest
-        if self._slots.get_trial().tries_left < 1:
-            self._advance(Activated(digest))
-            await self._roll_back(digest, f"it ended the agent {TRIES} times", None)
-            return
-        try:
-            version = await asyncio.to_thread(self._slots.begin_try)
-        except StalledError as error:
-            await asyncio.to_thread(self._slots.drop_trial)
-            raise TransientError(str(error)) from error
-        self._advance(Activated(digest))
-        number = version.manifest.version
-        try:
-            await self._probation.prove(version)
-        except TransientError:  # says nothing of the version
-            await asyncio.to_thread(self._slots.drop_trial)
-            self._state = self._load_state()
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever an unhealthy version raises
-            await self._roll_back(digest, str(error) or type(error).__name__, number)
-            return
-        try:
-            await asyncio.to_thread(self._slots.commit)
-        except (AgentError, OSError):
-            await self._probation.change_back()
-            raise
-        self._advance(Healthy(digest))
-        self._settle()
-        self._report(EventKind.UPDATED, f"version {number} serves from slot {version.slot}", number)
-
-    async def _roll_back(self, digest: str, reason: str, number: int | None) -> None:
-        await asyncio.to_thread(self._slots.roll_back)
-        self._advance(Failed(digest))
-        self._settle()
-        active = self._slots.active
-        serving = "nothing is served" if active is None else f"version {active.manifest.version} serves on"
-        self._report(EventKind.FAILED, f"rolled back and never tried again: {reason}; {serving}", number)
+        rules = release.terms.probation
+        await asyncio.to_thread(self._slots.stage, data, needed, self._blobs.read, rules)
+        await self._trials.conclude()
 
     def _settle(self) -> None:
         self._retry.settle()
         self._blobs.keep_only(())
 
     async def _try_again(self) -> None:
-        if self._payload:
-            await self.handle_offer(self._payload)
+        if self._offers.payload:
+            await self.handle_offer(self._offers.payload)
         elif self._slots.trial is not None:
             await self._end_trial()
 
@@ -290,23 +231,6 @@ class Updater:
         if self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.wait({self._task})
-
-    def _load_state(self) -> UpdateState:
-        """Return where the disk says that we are; a version that lacks files this device needs is not yet there."""
-        active, trial = self._slots.active, self._slots.trial
-        is_whole = active is not None and all(
-            (active.directory / name).exists() for name in list_needed(active.manifest, trains=self._settings.trains)
-        )
-        return UpdateState(
-            phase=Phase.IDLE if trial is None else Phase.STAGED,
-            active=active.digest if active is not None and is_whole else None,
-            target=None if trial is None else trial.digest,
-            rejected=self._slots.rejected,
-        )
-
-    def _advance(self, event: Event) -> Action:
-        self._state, action = advance(self._state, event)
-        return action
 
     def _report(self, kind: EventKind, message: str, version: int | None = None) -> None:
         logger.info("%s: %s", kind, message)

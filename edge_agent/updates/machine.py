@@ -39,9 +39,9 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """The fleet's champion is this version."""
+    """The fleet offers this device this version; None lets it stay with what it runs."""
 
-    digest: str
+    digest: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +120,12 @@ def advance(state: UpdateState, event: Event) -> tuple[UpdateState, Action]:
     return UpdateState(active=active, rejected=rejected), action
 
 
-def _consider(state: UpdateState, digest: str) -> tuple[UpdateState, Action]:
+def _consider(state: UpdateState, digest: str | None) -> tuple[UpdateState, Action]:
     if digest == state.target:  # QoS 1 may deliver an offer twice, and a daily one differs in its dates alone
         return state, Action.NOTHING
     if state.phase in (Phase.STAGED, Phase.PROBATION):
-        return state, Action.DEFER
-    if digest == state.active or digest in state.rejected:
+        return state, Action.NOTHING if digest is None else Action.DEFER
+    if digest is None or digest == state.active or digest in state.rejected:
         idle = replace(state, phase=Phase.IDLE, target=None)
         return idle, Action.NOTHING if state.phase is Phase.IDLE else Action.ABANDON
     return replace(state, phase=Phase.FETCHING, target=digest), Action.FETCH

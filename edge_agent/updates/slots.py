@@ -18,6 +18,7 @@ from models.contract.encoding import build_digest, build_json, parse_json
 from models.contract.errors import ContractError
 from models.contract.files import save_atomically
 from models.contract.manifest import FileEntry, ModelManifest
+from models.contract.terms import ProbationRules
 
 TRIES = 3
 REJECTED_MAX = 64  # the newest are remembered; a broker cannot make this grow
@@ -42,11 +43,17 @@ class _Content:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A staged version that has not proved itself; `tries_left` falls before each try."""
+    """A staged version that has not proved itself.
+
+    Attributes:
+        tries_left: Falls before each try.
+        rules: What it must show.
+    """
 
     slot: SlotName
     digest: str
     tries_left: int
+    rules: ProbationRules = field(default_factory=ProbationRules)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,13 +96,20 @@ class Slots:
         """Return where a slot, be it the challenger's, holds the file `name` as `entry` says, to the bit."""
         return find_file(self._dir, entry, name)
 
-    def stage(self, manifest: bytes, names: Iterable[str], read: Callable[[FileEntry], Iterator[bytes]]) -> None:
+    def stage(
+        self,
+        manifest: bytes,
+        names: Iterable[str],
+        read: Callable[[FileEntry], Iterator[bytes]],
+        rules: ProbationRules | None = None,
+    ) -> None:
         """Write a version to the idle slot and arm its trial.
 
         Args:
             manifest: Its bytes, verified.
             names: The files of it that this device needs.
             read: Yields the content of one that no slot has.
+            rules: What it must show; None for what every version must.
 
         Raises:
             OSError: The disk is full or broken; what was written is removed, the active version is untouched.
@@ -105,7 +119,8 @@ class Slots:
         if self._state.previous is not None or self._state.trial is not None:
             self._save(replace(self._state, previous=None, trial=None))
         fill_slot(self._dir / slot, manifest, names, read)
-        self._save(replace(self._state, trial=Trial(slot=slot, digest=build_digest(manifest), tries_left=TRIES)))
+        trial = Trial(slot=slot, digest=build_digest(manifest), tries_left=TRIES, rules=rules or ProbationRules())
+        self._save(replace(self._state, trial=trial))
 
     def begin_try(self) -> Version:
         """Take one of the trial's tries, on disk, and return the version to try.
@@ -118,6 +133,11 @@ class Slots:
             raise StalledError(f"it ended the agent {TRIES} times")
         self._save(replace(self._state, trial=replace(trial, tries_left=trial.tries_left - 1)))
         return _load_version(self._dir, trial.slot, trial.digest)
+
+    def give_back_try(self) -> None:
+        """Hold the last try against nobody: it did not come to its end, and not for the version's fault."""
+        trial = self.get_trial()
+        self._save(replace(self._state, trial=replace(trial, tries_left=min(trial.tries_left + 1, TRIES))))
 
     def commit(self) -> Version:
         """Make the version on trial the active one; the one it replaces stays as the previous one."""

@@ -122,7 +122,7 @@ def _release_first(federation: LocalFederation) -> VersionRow:
     federation.fl_server("release", str(version_dir))
     federation.wait_until(lambda: federation.all_serve(1), "all devices to serve version 1")
     manifest = parse_manifest((version_dir / MANIFEST_NAME).read_bytes())
-    fetched = [MANIFEST_NAME, *(name for name in manifest.files if name != PARAMETERS_NAME)]
+    fetched = [MANIFEST_NAME, *(name for name in manifest.all_files if name != PARAMETERS_NAME)]
     return VersionRow(
         version=1,
         round=0,

@@ -12,7 +12,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from fl_server.errors import UsageError
 from fl_server.fleet.roster import Roster, RosterError
+from models.contract.encoding import build_json
 from models.contract.files import sync_directory
+from models.contract.floors import FLOORS_NAME, Floors
 from models.contract.topics import check_name
 
 _CONFIG = """\
@@ -60,6 +62,7 @@ class Federation:
     superlink: str
     ca: bytes
     tuf_root: bytes
+    floors: Floors
 
 
 def enroll_device(roster: Roster, federation: Federation, *, device_id: str, model: str, out_dir: Path) -> None:
@@ -89,6 +92,7 @@ def enroll_device(roster: Roster, federation: Federation, *, device_id: str, mod
     files = {
         "edge-agent.toml": config.encode(),
         "root.json": federation.tuf_root,
+        FLOORS_NAME: build_json(federation.floors),
         "ca.pem": federation.ca,
         "node.key": key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()),
     }

@@ -11,12 +11,12 @@ import onnx
 
 from fl_server.errors import DefinitionError, ServerError, UsageError
 from fl_server.inference import Graph, OnnxGraph, TfliteGraph, open_graph, run_batches
+from fl_server.packaging.golden import write_golden
 from fl_server.packaging.graphs import load_graph
 from fl_server.packaging.operators import check_operators, is_quantized
-from fl_server.packaging.package import describe_file
 from fl_server.packaging.precision import BATCH, choose_precision, compute_deviation, measure_figures
 from fl_server.packaging.quantize import quantize
-from fl_server.packaging.staging import staged_directory
+from fl_server.packaging.staging import describe_file, staged_directory
 from models.contract.manifest import (
     FILE_MAX_BYTES,
     INFERENCE_NAMES,
@@ -119,6 +119,9 @@ def package_imported(
     with staged_directory(out_dir) as staging:
         path = staging / INFERENCE_NAMES[imported.runtime]
         measured = _write_graph(imported, calibration, path, say)
+        golden = None
+        if calibration is not None:
+            golden = write_golden(path, calibration, inputs=imported.inputs, tolerance=DEFAULT_LOGIT_TOLERANCE)
         manifest = ModelManifest(
             model=model,
             version=version,
@@ -127,6 +130,7 @@ def package_imported(
             outputs=imported.outputs,
             labels=labels,
             files={path.name: describe_file(path)},
+            golden=golden,
             quality=measure(lambda inputs: run_batches(open_graph(path), inputs)),
             measured=measured,
         )

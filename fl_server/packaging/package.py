@@ -15,8 +15,9 @@ from fl_server.errors import DefinitionError, UsageError
 from fl_server.inference import list_graph_files
 from fl_server.packaging.architecture import Architecture, check_parameters
 from fl_server.packaging.candidates import Exporter, build_candidates, run_graph
+from fl_server.packaging.golden import write_golden
 from fl_server.packaging.precision import BATCH, StrayingError, choose_precision, compute_deviation, measure_figures
-from fl_server.packaging.staging import staged_directory
+from fl_server.packaging.staging import describe_file, staged_directory
 from models.contract.encoding import build_digest
 from models.contract.manifest import (
     INFERENCE_NAMES,
@@ -36,6 +37,7 @@ from models.contract.manifest import (
     parse_manifest,
 )
 from models.contract.privacy import PrivacyStatement
+from models.definitions.definition import DEFAULT_LOGIT_TOLERANCE
 from models.tensors.delta import build_delta
 from models.tensors.layout import build_vector_bytes
 
@@ -119,6 +121,12 @@ def package_version(
         inputs, training = architecture.inputs, architecture.training
         if runtime == "tflite" and inputs[0].dtype == "int64":  # the converter narrows it
             inputs, training = (replace(inputs[0], dtype="int32"),), replace(training, input_dtype="int64")
+        golden = write_golden(
+            inference_path,
+            {name: calibration},
+            inputs=inputs,
+            tolerance=architecture.logit_tolerance or DEFAULT_LOGIT_TOLERANCE,
+        )
         manifest = ModelManifest(
             model=architecture.model,
             version=version,
@@ -129,6 +137,7 @@ def package_version(
             features=architecture.features,
             files=files,
             deltas=_write_deltas(staging, files, tools.running),
+            golden=golden,
             training=training,
             lineage=lineage,
             privacy=privacy,
@@ -148,16 +157,18 @@ def write_local(directory: Path, training: TrainingContract, parameters: Mapping
 
 def _write_deltas(staging: Path, files: Mapping[str, FileEntry], running: Sequence[Path]) -> tuple[Delta, ...]:
     """Write the deltas that lead from the weights of `running` versions to those in `staging`, where they are shorter."""
-    if WEIGHTS_NAME not in files:
+    name = WEIGHTS_NAME if WEIGHTS_NAME in files else INFERENCE_NAMES["tflite"]
+    if name not in files:
         return ()
-    result, deltas = (staging / WEIGHTS_NAME).read_bytes(), dict[str, Delta]()
+    result, deltas = (staging / name).read_bytes(), dict[str, Delta]()
+    template = files.get(INFERENCE_NAMES["onnx"])
     for directory in running:
         manifest = parse_manifest((directory / MANIFEST_NAME).read_bytes())
-        base = manifest.files.get(WEIGHTS_NAME)
-        if base is None or manifest.files[manifest.inference_name] != files[INFERENCE_NAMES["onnx"]]:
+        base = manifest.files.get(name)
+        if base is None or base.size_bytes != len(result) or manifest.files.get(INFERENCE_NAMES["onnx"]) != template:
             continue
-        data = build_delta((directory / WEIGHTS_NAME).read_bytes(), result)
-        if base != files[WEIGHTS_NAME] and len(data) < len(result):
+        data = build_delta((directory / name).read_bytes(), result)
+        if base != files[name] and len(data) < len(result):
             delta = Delta(base=base.digest, file=FileEntry(digest=build_digest(data), size_bytes=len(data)))
             (staging / delta.name).write_bytes(data)
             deltas[base.digest] = delta
@@ -200,8 +211,3 @@ def _check_arguments(
             f"{architecture.model}: calibration data is {calibration.dtype} of shape {calibration.shape}, "
             f"input {spec.name!r} is {spec.dtype} of shape {spec.shape}"
         )
-
-
-def describe_file(path: Path) -> FileEntry:
-    data = path.read_bytes()
-    return FileEntry(digest=build_digest(data), size_bytes=len(data))

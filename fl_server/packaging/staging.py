@@ -7,7 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from models.contract.encoding import build_digest
 from models.contract.files import sync_directory
+from models.contract.manifest import FileEntry
 
 
 @contextlib.contextmanager
@@ -29,6 +31,12 @@ def staged_directory(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     sync_directory(path.parent)
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Return digest and size of the file at `path`."""
+    data = path.read_bytes()
+    return FileEntry(digest=build_digest(data), size_bytes=len(data))
 
 
 def _sync_file(path: Path) -> None:

@@ -29,7 +29,8 @@ from fl_server.evaluation.gate import GateRules, decide_promotion
 from fl_server.evaluation.metrics import get_metric_name
 from fl_server.jobs import TrainRequest
 from fl_server.packaging.architecture import Architecture
-from fl_server.packaging.package import describe_file, write_local
+from fl_server.packaging.package import write_local
+from fl_server.packaging.staging import describe_file
 from fl_server.plan import build_privacy, compute_norm_limit
 from fl_server.privacy.statement import build_statement
 from fl_server.rounds.driver import Driver, Exchange

@@ -18,6 +18,7 @@ INFERENCE_NAMES = {"onnx": "inference.onnx", "tflite": "inference.tflite"}
 TRAIN_STEP_NAME = "train_step.onnx"
 EVALUATE_NAME = "evaluate.onnx"
 PARAMETERS_NAME = "parameters.safetensors"
+GOLDEN_NAME = "golden.bin"
 WEIGHTS_NAME = "weights.bin"  # what a graph may have outside itself: its ONNX external data
 LOCAL_NAME = "local.f32"  # what local parameters begin with: flat, little-endian float32
 FILE_NAMES = frozenset(
@@ -50,7 +51,7 @@ class Delta:
     """A short way to a version's weights for a device that holds others, as long and in the same layout.
 
     Attributes:
-        base: Digest of the weights it is added to.
+        base: Digest of the file that it is added to, another version's of the same name.
         file: The delta itself.
     """
 
@@ -181,6 +182,7 @@ class ModelManifest:
         runtime: Which runtime opens the inference graph.
         files: By file name; a subset of `FILE_NAMES` that holds the runtime's inference graph.
         deltas: Ways to the weights from those that devices ran when the version was packaged.
+        golden: What devices must find its graph to answer, `GOLDEN_NAME`; None where packaging had no data.
         training: None for a version that is only served.
         features: How columns of raw rows become the input; none for a model that takes tensors only.
         measured: None for a graph made elsewhere, which is packaged as it is.
@@ -196,6 +198,7 @@ class ModelManifest:
     features: tuple[Feature, ...] = ()
     files: dict[str, FileEntry]
     deltas: tuple[Delta, ...] = ()
+    golden: FileEntry | None = None
     training: TrainingContract | None = None
     lineage: Lineage = field(default_factory=Lineage)
     privacy: PrivacyStatement | None = None
@@ -228,14 +231,20 @@ class ModelManifest:
         return INFERENCE_NAMES[self.runtime]
 
     @property
+    def weights_name(self) -> str:
+        """File name of what the parameters change, to which deltas lead; a TFLite graph is one file with its weights."""
+        return WEIGHTS_NAME if self.runtime == "onnx" else self.inference_name
+
+    @property
     def serving_names(self) -> tuple[str, ...]:
         """File names of what answers: the inference graph, and its weights where they lie outside it."""
         return (self.inference_name, WEIGHTS_NAME) if WEIGHTS_NAME in self.files else (self.inference_name,)
 
     @property
     def all_files(self) -> dict[str, FileEntry]:
-        """By file name, `files` and the deltas."""
-        return self.files | {delta.name: delta.file for delta in self.deltas}
+        """By file name, `files`, the deltas and the golden samples."""
+        golden = {} if self.golden is None else {GOLDEN_NAME: self.golden}
+        return self.files | {delta.name: delta.file for delta in self.deltas} | golden
 
     @property
     def step_digest(self) -> str:
@@ -250,27 +259,28 @@ class ModelManifest:
         return self.inputs[0] if dtype is None else replace(self.inputs[0], dtype=dtype)
 
     def _check_weights(self) -> None:
-        weights = self.files.get(WEIGHTS_NAME)
-        if weights is not None and self.runtime != "onnx":
+        if WEIGHTS_NAME in self.files and self.runtime != "onnx":
             raise ValueError(
                 f"{WEIGHTS_NAME} beside a graph for {self.runtime}: only an ONNX graph has its weights outside"
             )
+        weights = self.files.get(self.weights_name)
         if weights is None and self.deltas:
-            raise ValueError(f"deltas lead to {WEIGHTS_NAME}, which is missing")
+            raise ValueError(f"deltas lead to {self.weights_name}, which is missing")
         bases = [delta.base for delta in self.deltas]
         if len(set(bases)) != len(bases):
             raise ValueError("two deltas have the same base")
         for delta in self.deltas:  # a device holds one at once, and no longer one than the weights
             if weights is not None and delta.file.size_bytes >= weights.size_bytes:
                 raise ValueError(
-                    f"a delta of {delta.file.size_bytes} bytes leads to {WEIGHTS_NAME} of {weights.size_bytes} bytes"
+                    f"a delta of {delta.file.size_bytes} bytes leads to {self.weights_name} "
+                    f"of {weights.size_bytes} bytes"
                 )
 
 
 def build_manifest(manifest: ModelManifest) -> bytes:
     """Return the canonical bytes whose digest defines the version."""
     document: dict[str, Any] = msgspec.to_builtins(manifest)
-    for name in ("features", "deltas"):  # a version without what is newer is the same bytes as before
+    for name in ("features", "deltas", "golden"):  # a version without what is newer is the same bytes as before
         if not document[name]:
             del document[name]
     if manifest.training is not None:

@@ -58,6 +58,7 @@ def test_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         (GOOD.replace("fleet", "flet"), "flet"),
         (GOOD + "[http]\nprt = 1\n", "http.prt"),
         (GOOD + "[http]\nport = 0\n", "http.port"),
+        (GOOD + 'region = "a b"\n', "region"),
         (GOOD + "[http]\nport = 'x'\n", "port"),
         (GOOD + "[broker]\nkeepalive_s = 1\n", "broker.keepalive_s"),
         (GOOD + "[updates]\nwindow = 0\n", "updates.window"),

@@ -12,6 +12,7 @@ import httpx
 
 from edge_agent.updates.slots import Slots
 from models.contract.manifest import MANIFEST_NAME
+from models.contract.terms import ProbationRules
 from models.tensors.features import Feature
 from tests.simulators.tiny_models import save_version
 from tests.simulators.waiting import wait_until
@@ -116,6 +117,7 @@ def stage_version(
     graph: bytes | None = None,
     trainable: bool = False,
     features: tuple[Feature, ...] = (),
+    rules: ProbationRules | None = None,
 ) -> Slots:
     """Put a tiny version into the idle slot, to be tried with the agent's next start."""
     source = state_dir.parent / f"version-{version}"
@@ -126,6 +128,7 @@ def stage_version(
         (source / MANIFEST_NAME).read_bytes(),
         manifest.files,
         lambda entry: iter([(source / names[entry.digest]).read_bytes()]),
+        rules,
     )
     return slots
 

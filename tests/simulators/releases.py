@@ -1,7 +1,7 @@
 """A coordinator's release path and a device's update path, joined by a broker in memory or by a real one."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -14,11 +14,12 @@ from edge_agent.updates.installer import Updater
 from edge_agent.updates.settings import UpdaterSettings
 from fl_server.directory import Directory
 from fl_server.rollout.publisher import Publisher, list_blobs
-from fl_server.rollout.repository import ReleaseRepository
+from fl_server.rollout.repository import ReleaseRepository, _build_target
 from models.contract.encoding import build_digest
 from models.contract.manifest import (
     EVALUATE_NAME,
     GRAPH_NAMES,
+    INFERENCE_NAMES,
     MANIFEST_NAME,
     PARAMETERS_NAME,
     TRAIN_STEP_NAME,
@@ -26,20 +27,22 @@ from models.contract.manifest import (
     Delta,
     FileEntry,
     ModelManifest,
+    Runtime,
     TrainingContract,
     build_manifest,
     parse_manifest,
 )
 from models.contract.messages import EventKind
-from models.contract.offer import build_offer
-from models.contract.terms import Role, Split
+from models.contract.offer import ROLE_RELEASES, build_offer, build_release_target
+from models.contract.terms import ProbationRules, ReleaseTerms, Role, Split, build_terms
 from models.contract.topics import build_offer_topic
+from models.contract.wave import Traits
 from models.tensors.layout import Layout
 from models.tensors.spec import TensorSpec
 from tests.simulators.broker_memory import MemoryBroker
 
-FLEET, MODEL = "demo", "digits"
-INFERENCE_NAME = "inference.onnx"
+FLEET, MODEL, DEVICE = "demo", "digits", "device-1"
+TRAITS = Traits(hardware="x86_64", runtimes=("onnx",), agent="1.2.0", region="north")
 BIG = bytes(range(256)) * 1000  # 250 KiB: four chunks
 
 
@@ -62,11 +65,12 @@ class ReleaseServer:
         trains: bool = True,
         weights: bytes = b"",
         deltas: Mapping[bytes, bytes] | None = None,
+        runtime: Runtime = "onnx",
     ) -> Path:
         """Return the folder of a new version; `deltas` are by the weights that each is said to lead from."""
         directory = self.directory.path / "versions" / model / str(number)
         directory.mkdir(parents=True)
-        contents = {INFERENCE_NAME: inference, PARAMETERS_NAME: b"float parameters %d" % number}
+        contents = {INFERENCE_NAMES[runtime]: inference, PARAMETERS_NAME: b"float parameters %d" % number}
         if weights:
             contents |= {WEIGHTS_NAME: weights}
         if trains:
@@ -79,7 +83,7 @@ class ReleaseServer:
         manifest = ModelManifest(
             model=model,
             version=number,
-            runtime="onnx",
+            runtime=runtime,
             inputs=(TensorSpec("x", ("batch", 2), "float32"),),
             outputs=(TensorSpec("y", ("batch", 2), "float32"),),
             files={name: _describe(data) for name, data in contents.items()},
@@ -120,6 +124,20 @@ class ReleaseServer:
         self.repository.set_release(target_model, manifests, now=self.now, split=split)
         return self.publish(*versions.values())
 
+    def release_with(self, terms: Mapping[Path, ReleaseTerms]) -> bytes:
+        """Sign these terms of each version and nothing else; publish all and return the offer."""
+        for version in terms:
+            self.sign_graphs(version)
+        state = self.repository._store.load()
+        targets = state.targets[ROLE_RELEASES].targets
+        targets.clear()
+        for version, signed in terms.items():
+            entry = _describe((version / MANIFEST_NAME).read_bytes())
+            path = build_release_target(MODEL, signed.role or "champion")
+            targets[path] = _build_target(path, entry, build_terms(signed))
+        self.repository._issue(state, {ROLE_RELEASES}, self.now)
+        return self.publish(*terms)
+
     def publish(self, *versions: Path) -> bytes:
         offer = build_offer(self.repository.load_metadata())
         pem = self.repository.build_coordinator_pem()
@@ -134,6 +152,19 @@ def _describe(data: bytes) -> FileEntry:
     return FileEntry(digest=build_digest(data), size_bytes=len(data))
 
 
+class Shadowed:
+    """A version in the shadow, of which a test says what it shows there."""
+
+    def __init__(self, directory: Path, on_failed: Callable[[], None]) -> None:
+        self.directory, self.fail, self.reason, self.is_open = directory, on_failed, "", True
+
+    def judge(self) -> str | None:
+        return self.reason or None
+
+    def close(self) -> None:
+        self.is_open = False
+
+
 class Device:
     """An updater whose model server only remembers which bytes it was told to answer with."""
 
@@ -143,15 +174,33 @@ class Device:
         self.path, self.events, self.tried = path, list[tuple[EventKind, str, int | None]](), list[bytes]()
         self.serving: bytes | None = None
         self.challenger: tuple[int, str] | None = None  # version and split, as served
-        defaults = {"fleet": FLEET, "model": MODEL, "trains": True, "retry_delay_s": 3600.0}
+        self.checked: list[tuple[str, ProbationRules]] = []
+        self.shadowed: Shadowed | None = None
+        defaults = {
+            "fleet": FLEET,
+            "model": MODEL,
+            "device_id": DEVICE,
+            "traits": TRAITS,
+            "trains": True,
+            "retry_delay_s": 3600.0,
+        }
         self.updater = Updater(
             UpdaterSettings(state_dir=path, **(defaults | settings)),
             open_offer=partial(open_offer, root=root, trust_dir=path / "tuf"),
             reader=broker,
+            check_version=self.check_version,
+            open_rehearsal=self.open_rehearsal,
             try_version=self.try_version,
             serve_challenger=None if owner_challenges else self.serve_challenger,
             on_event=lambda *event: self.events.append(event),
         )
+
+    def check_version(self, directory: Path, rules: ProbationRules) -> None:
+        self.checked.append((directory.name, rules))
+
+    def open_rehearsal(self, directory: Path, rules: ProbationRules, on_failed: Callable[[], None]) -> "Shadowed":
+        self.shadowed = Shadowed(directory, on_failed)
+        return self.shadowed
 
     def try_version(self, directory: Path, manifest: ModelManifest) -> None:
         self.serving = self._try(directory, manifest)

@@ -7,7 +7,15 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from models.contract.encoding import build_digest
-from models.contract.manifest import MANIFEST_NAME, FileEntry, ModelManifest, TrainingContract, build_manifest
+from models.contract.golden import Golden, build_golden
+from models.contract.manifest import (
+    GOLDEN_NAME,
+    MANIFEST_NAME,
+    FileEntry,
+    ModelManifest,
+    TrainingContract,
+    build_manifest,
+)
 from models.tensors.features import Feature
 from models.tensors.layout import Layout
 from models.tensors.spec import TensorSpec
@@ -46,6 +54,7 @@ def save_version(
     weights: bytes = b"",
     trainable: bool = False,
     features: tuple[Feature, ...] = (),
+    golden: Golden | None = None,
 ) -> ModelManifest:
     """Write a version that answers `version` times the sum of the features; return its manifest.
 
@@ -56,6 +65,7 @@ def save_version(
         weights: Its external data, if it has any.
         trainable: Whether it claims to hold step graphs; they hold nothing that can be run.
         features: How raw columns become the four features.
+        golden: What a device must find the graph to answer.
     """
     directory.mkdir(parents=True, exist_ok=True)
     data = build_graph(version).SerializeToString() if graph is None else graph
@@ -66,6 +76,11 @@ def save_version(
         files |= {"train_step.onnx": b"no graph", "evaluate.onnx": b"no graph either"}
     for name, content in files.items():
         (directory / name).write_bytes(content)
+    described = None
+    if golden is not None:
+        content = build_golden(golden)
+        (directory / GOLDEN_NAME).write_bytes(content)
+        described = FileEntry(digest=build_digest(content), size_bytes=len(content))
     manifest = ModelManifest(
         model="tiny",
         version=version,
@@ -77,6 +92,7 @@ def save_version(
         files={
             name: FileEntry(digest=build_digest(content), size_bytes=len(content)) for name, content in files.items()
         },
+        golden=described,
         training=_TRAINING if trainable else None,
     )
     (directory / MANIFEST_NAME).write_bytes(build_manifest(manifest))

@@ -136,6 +136,11 @@ def test_rows_agree_by_their_largest_value() -> None:
     assert compare_outputs(ours, theirs) == (3, 1, 2.0)
 
 
+def test_strings_agree_if_they_are_the_same() -> None:
+    ours, theirs = ({"label": np.array([["a"], [last]], object)} for last in ("b", "c"))
+    assert compare_outputs(ours, theirs) == (2, 1, 0.0)
+
+
 def test_comparison_survives_what_is_not_finite() -> None:
     nan, infinity = np.array([[np.nan, 1]]), np.array([[np.inf, 1]])
     assert compare_outputs({"a": nan}, {"a": nan}) == (1, 1, 0.0)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from edge_agent.errors import StalledError, TransientError
-from edge_agent.inference.sandbox import try_in_sandbox
-from tests.simulators.hostile_models import build_endless, build_external, build_foreign, build_greedy
-from tests.simulators.tiny_models import FEATURES, build_graph, save_version
+from edge_agent.inference.sandbox import Pace, try_in_sandbox
+from models.contract.golden import Golden
+from tests.simulators.hostile_models import build_endless, build_external, build_foreign, build_greedy, build_slow
+from tests.simulators.tiny_models import FEATURES, INPUT, OUTPUT, build_graph, save_version
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,32 @@ def test_good_version_passes_and_leaves_nothing_behind(tmp_path: Path) -> None:
     before = sorted(path.name for path in (tmp_path / "v").iterdir())
     try_in_sandbox(tmp_path / "v")
     assert sorted(path.name for path in (tmp_path / "v").iterdir()) == before
+
+
+def test_version_that_answers_otherwise_than_where_it_was_packaged_fails_its_trial(tmp_path: Path) -> None:
+    rows = np.eye(FEATURES, dtype=np.float32)
+    golden = Golden(
+        inputs={INPUT.name: rows}, outputs={OUTPUT.name: np.array([[1, 2, 3]] * 4, np.float32)}, tolerance=0.1
+    )
+    weight = np.array([[1, 2, 3]] * FEATURES, np.float32)
+    save_version(tmp_path / "v", graph=build_external("weights.bin"), weights=(1.01 * weight).tobytes(), golden=golden)
+    try_in_sandbox(tmp_path / "v")
+    weight[2] = weight[2, ::-1]
+    save_version(tmp_path / "bad", graph=build_external("weights.bin"), weights=weight.tobytes(), golden=golden)
+    with pytest.raises(StalledError, match="on this device it is not the version that was packaged"):
+        try_in_sandbox(tmp_path / "bad")
+    (tmp_path / "v" / "golden.bin").write_bytes(b"junk")
+    with pytest.raises(StalledError, match="its digest is another"):
+        try_in_sandbox(tmp_path / "v")
+
+
+def test_version_that_is_slower_than_the_champion_by_more_than_is_allowed_fails_its_trial(tmp_path: Path) -> None:
+    for name, trips in (("champion", 2000), ("alike", 2200), ("slow", 10_000)):
+        save_version(tmp_path / name, graph=build_slow(trips))
+    pace = Pace(beside=tmp_path / "champion", max_ratio=2.5)
+    try_in_sandbox(tmp_path / "alike", pace=pace)
+    with pytest.raises(StalledError, match=r"times the champion's, at most 2\.5 is allowed"):
+        try_in_sandbox(tmp_path / "slow", pace=pace)
 
 
 def test_version_with_its_weights_outside_is_tried_as_it_will_be_served(tmp_path: Path) -> None:

@@ -145,6 +145,19 @@ def test_bit_flipped_in_the_weights_brings_back_the_previous_version_and_is_no_b
     assert again.serving == TEMPLATE + NEW
 
 
+@pytest.mark.parametrize("delta", [DELTA, b"no delta at all"], ids=["genuine", "junk"])
+def test_tflite_graph_comes_as_a_delta_to_the_whole_one_in_a_slot(
+    tmp_path: Path, broker: MemoryBroker, server: ReleaseServer, delta: bytes
+) -> None:
+    device = Device(tmp_path / "device", broker, server.root)
+    device.receive(server.release(server.write_version(1, OLD, runtime="tflite")))
+    broker.reads.clear()
+    device.receive(server.release(server.write_version(2, NEW, runtime="tflite", deltas={OLD: delta})))
+    assert device.serving == NEW
+    assert has_read(broker, delta)
+    assert has_read(broker, NEW) == (delta != DELTA)
+
+
 def test_version_whose_graph_holds_its_weights_is_followed_by_one_that_does_not(
     tmp_path: Path, broker: MemoryBroker, server: ReleaseServer
 ) -> None:

@@ -16,6 +16,7 @@ from models.contract.encoding import build_digest
 from models.contract.manifest import MANIFEST_NAME, PARAMETERS_NAME, FileEntry, ModelManifest, parse_manifest
 from models.contract.messages import EventKind
 from models.contract.offer import ROLE_RELEASES, build_offer, build_release_target
+from models.contract.terms import ReleaseTerms, build_terms
 from tests.simulators.broker_memory import MemoryBroker
 from tests.simulators.releases import BIG, Device, ReleaseServer
 
@@ -50,6 +51,20 @@ def test_device_follows_the_champion_over_two_versions_and_fetches_only_what_cha
     assert {topic.split("/")[4] for topic in broker.reads} == set(expected)
     assert broker.concurrent_max == 4
     assert not list((device.path / "downloads" / "versions").iterdir())
+
+
+def test_long_download_says_how_far_it_is_and_counts_what_was_here(
+    broker: MemoryBroker, server: ReleaseServer, device: Device
+) -> None:
+    offer = server.release(server.write_version(1, b"one" + 5 * BIG, trains=False))
+    topic = broker.get_chunks(build_digest(b"one" + 5 * BIG))[12]  # of 20
+    chunk = broker.retained.pop(topic)
+    device.receive(offer)
+    device.events.clear()
+    broker.retained[topic] = chunk
+    device.receive(offer)
+    said = [message for kind, message, _ in device.events if kind is EventKind.DOWNLOADING]
+    assert said == ["1 files, 1280003 bytes", "75 % of 1 files, 1280003 bytes"]
 
 
 def test_float_parameters_are_neither_published_nor_staged(
@@ -406,11 +421,12 @@ def test_version_of_another_model_is_refused(server: ReleaseServer, device: Devi
     entry = FileEntry(digest=build_digest(manifest), size_bytes=len(manifest))
     state = server.repository._store.load()
     path = build_release_target("digits", "champion")
-    state.targets[ROLE_RELEASES].targets[path] = _build_target(path, entry)
+    state.targets[ROLE_RELEASES].targets[path] = _build_target(path, entry, build_terms(ReleaseTerms(version=1)))
     server.repository._issue(state, {ROLE_RELEASES}, server.now)
     assert device.receive(server.publish(version_dir))[-1] is EventKind.FAILED
-    assert "is a version of 'text'" in device.last_message
+    assert "it is a version of 'text', this device serves 'digits'" in device.last_message
     assert device.version is None
+    assert [kind for kind, _, _ in device.events] == [EventKind.FAILED]
 
 
 def test_fleet_without_a_release_is_no_failure(server: ReleaseServer, device: Device) -> None:

@@ -1,16 +1,28 @@
 import stat
+from datetime import UTC, datetime
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from edge_agent.config import load_agent_settings
+from edge_agent.updates.told_floors import load_floors
 from fl_server.errors import UsageError
 from fl_server.fleet.enrolment import Federation, enroll_device
 from fl_server.fleet.roster import Roster, RosterError
+from models.contract.floors import TOLD_ROLES, Floor, Floors
 
+FLOORS = Floors(
+    roles={role: Floor(version=7, keys="d" * 64) for role in TOLD_ROLES}, signed_at=datetime(2026, 11, 24, tzinfo=UTC)
+)
 FEDERATION = Federation(
-    fleet="demo", broker_host="10.0.0.1", broker_port=1884, superlink="10.0.0.1:9093", ca=b"ca", tuf_root=b"{}"
+    fleet="demo",
+    broker_host="10.0.0.1",
+    broker_port=1884,
+    superlink="10.0.0.1:9093",
+    ca=b"ca",
+    tuf_root=b"{}",
+    floors=FLOORS,
 )
 
 
@@ -27,6 +39,7 @@ def test_bundle_is_what_an_agent_reads(roster, tmp_path):
     assert (settings.broker.host, settings.broker.port) == ("10.0.0.1", 1884)
     assert settings.federation.superlink == "10.0.0.1:9093"
     assert settings.tuf_root_path.read_bytes() == b"{}"
+    assert load_floors(settings.tuf_root_path.with_name("floors.json")) == FLOORS
     assert settings.federation.ca_path.read_bytes() == b"ca"
     assert settings.federation.node_key_path == tmp_path / "bundle" / "node.key"
 

@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fl_server.errors import DefinitionError, UsageError
 from fl_server.packaging.imported import load_imported, make_up_inputs, package_imported
 from models.contract.encoding import build_digest
+from models.contract.golden import parse_golden
 from models.contract.manifest import parse_manifest
 from models.tensors.spec import TensorSpec
 
@@ -120,6 +121,7 @@ def test_calibration_makes_a_float_graph_int8_where_that_is_smaller(tmp_path):
     path = save_dense(tmp_path / "dense.onnx")
     x = np.random.default_rng(1).normal(size=(200, 64)).astype(np.float32)
     manifest = package(path, tmp_path / "1", calibration={"x": x})
+    assert parse_golden((tmp_path / "1/golden.bin").read_bytes(), manifest).outputs
     assert manifest.measured.packaged == "int8"
     assert manifest.files["inference.onnx"].size_bytes == manifest.measured.int8.size_bytes < path.stat().st_size / 2
     packaged, exact = (

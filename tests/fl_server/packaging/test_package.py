@@ -13,11 +13,13 @@ from torch.nn import functional
 
 from fl_server.errors import UsageError
 from fl_server.evaluation.evaluate import evaluate_parameters, measure_quality
+from fl_server.inference import open_graph
 from fl_server.packaging.architecture import load_parameters
 from fl_server.packaging.export import export_architecture
 from fl_server.packaging.package import Tools, package_version
 from fl_server.packaging.precision import StrayingError, compute_deviation
 from models.contract.encoding import build_digest
+from models.contract.golden import explain_straying, parse_golden
 from models.contract.manifest import Figures, Lineage, Quality, parse_manifest
 from models.definitions import ModelDefinition, TensorSpec
 from models.definitions.digits import definition, load_splits
@@ -60,8 +62,8 @@ def test_version_is_defined_byte_for_byte_by_its_manifest(exported, tmp_path):
     manifest = package(exported, tmp_path / "1", lineage=Lineage(run="r-1", round=3))
     files = read(tmp_path / "1")
     assert parse_manifest(files.pop("manifest.json")) == manifest
-    assert set(manifest.files) == set(files)
-    for name, entry in manifest.files.items():
+    assert set(manifest.all_files) == set(files)
+    for name, entry in manifest.all_files.items():
         assert (entry.digest, entry.size_bytes) == (build_digest(files[name]), len(files[name]))
     assert manifest.lineage.round == 3
     assert manifest.quality == QUALITY
@@ -71,6 +73,16 @@ def test_version_is_defined_byte_for_byte_by_its_manifest(exported, tmp_path):
     assert [(tensor.name, tensor.shape) for tensor in session.get_inputs()] == [
         (spec.name, list(spec.shape)) for spec in manifest.inputs
     ]
+
+
+def test_golden_samples_are_rows_of_the_calibration_data_and_what_the_packaged_graph_answers(exported, tmp_path):
+    calibration, _ = exported.build_data(1)
+    manifest = package(exported, tmp_path / "1", calibration=calibration)
+    golden = parse_golden((tmp_path / "1" / "golden.bin").read_bytes(), manifest)
+    (name,) = golden.inputs
+    assert all((row == calibration).reshape(len(calibration), -1).all(axis=1).any() for row in golden.inputs[name])
+    path = tmp_path / "1" / manifest.inference_name
+    assert explain_straying(replace(golden, tolerance=1e-9), open_graph(path).run(golden.inputs)) is None
 
 
 def test_same_parameters_and_calibration_give_the_same_bytes(exported, tmp_path):
