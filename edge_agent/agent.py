@@ -21,6 +21,7 @@ from edge_agent.children import forbid_core_dumps
 from edge_agent.collector import Collector
 from edge_agent.config import AgentSettings
 from edge_agent.errors import AgentError, RequestError, StalledError, TransientError
+from edge_agent.gatekeeper import Gatekeeper
 from edge_agent.http.app import App, Device
 from edge_agent.http.guard import TOKEN_NAME, load_token
 from edge_agent.http.samples import parse_samples
@@ -131,6 +132,7 @@ class Agent:
             settings,
             updater=self._updater,
             reporter=self._reporter,
+            gatekeeper=Gatekeeper(settings, self._samples.keeper),
             load_samples_key=self._samples.keeper.load_key,
         )
 
@@ -166,6 +168,7 @@ class Agent:
     async def _keep_outbox(self, stack: contextlib.AsyncExitStack) -> None:
         stack.callback(self._reporter.close)
         stack.callback(self._samples.keeper.close)
+        _start_task(stack, self._reporter.keep_sending())
 
     async def _load_active(self, _stack: contextlib.AsyncExitStack) -> None:
         version = self._updater.current()

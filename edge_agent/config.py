@@ -1,5 +1,6 @@
 """What an agent is told: a TOML file, environment variables `EDGE_AGENT_SECTION__KEY` over it."""
 
+import re
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -9,6 +10,7 @@ from models.contract.identity import Identity
 from models.contract.settings import load_settings
 from models.contract.topics import PREFIX, check_name
 
+_HOURS = re.compile(r"([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d")
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -146,6 +148,62 @@ class PrivacySettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSettings:
+    """When this machine may train, and how much of it training may take.
+
+    Attributes:
+        needs_mains: Never on battery.
+        min_battery: Least share of its charge while on battery, 0 to 1.
+        max_temperature_c: Of the hottest sensor.
+        max_load: Largest share of all processor time that everything but training takes, 0 to 1.
+        allow_metered: Also over a modem, or one of `metered_interfaces`.
+        hours: "HH:MM-HH:MM", local time, across midnight too; None for always.
+        min_new_samples: That came since the last run that this device trained in.
+        niceness: Of the training process; at 19 it also takes only what is idle of processor and disk.
+        max_memory_mb: Of the training process, but for what it maps from files.
+        max_cpu_s: Processor time of one training process.
+        max_round_s: For which it may say nothing, beyond what the coordinator has it wait.
+    """
+
+    needs_mains: bool = False
+    min_battery: float = 0.3
+    max_temperature_c: float = 85.0
+    max_load: float = 1.0
+    allow_metered: bool = False
+    metered_interfaces: tuple[str, ...] = ()
+    hours: str | None = None
+    min_new_samples: int = 0
+    niceness: int = 19
+    max_memory_mb: int = 2048
+    max_cpu_s: int = 6 * 3600
+    max_round_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        for name, value, least, most in (
+            ("min_battery", self.min_battery, 0, 1),
+            ("max_temperature_c", self.max_temperature_c, 0, 150),
+            ("max_load", self.max_load, 0, 1),
+            ("min_new_samples", self.min_new_samples, 0, 100_000_000),
+            ("niceness", self.niceness, 0, 19),
+            ("max_memory_mb", self.max_memory_mb, 256, 1_000_000),
+            ("max_cpu_s", self.max_cpu_s, 1, 31 * 86_400),
+            ("max_round_s", self.max_round_s, 1, 7 * 86_400),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"training.{name} is {value}, must be in {least}..{most}")
+        if self.hours is not None and _HOURS.fullmatch(self.hours) is None:
+            raise ValueError(f"training.hours is {self.hours!r:.40}, must be HH:MM-HH:MM, such as 22:00-06:00")
+
+    @property
+    def minutes(self) -> tuple[int, int] | None:
+        """First minute of the day in which it may train, and the first in which it may no more."""
+        if self.hours is None:
+            return None
+        first, end = (60 * int(time[:2]) + int(time[3:]) for time in self.hours.split("-"))
+        return first, end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServingSettings:
     """Who answers.
 
@@ -172,18 +230,26 @@ class ServingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TelemetrySettings:
-    """How the device reports measurements of itself.
+    """How the device reports measurements of itself, and what waits while its broker is away.
 
     Attributes:
         interval_s: Between two reports.
+        kept_mb: Telemetry and events together; the oldest telemetry gives way first.
+        kept_days: After which telemetry gives way.
         share_quality: Whether the fleet may know in numbers why a version did not pass its probation on this device's
             own requests.
     """
 
     interval_s: float = 60.0
+    kept_mb: int = 8
+    kept_days: float = 7.0
     share_quality: bool = False
 
     def __post_init__(self) -> None:
+        if not 1 <= self.kept_mb <= 10_000:
+            raise ValueError(f"telemetry.kept_mb is {self.kept_mb}, must be in 1..10000")
+        if not 0 < self.kept_days <= 3650:
+            raise ValueError(f"telemetry.kept_days is {self.kept_days}, must be in (0, 3650]")
         if not 1 <= self.interval_s <= 86_400:
             raise ValueError(f"telemetry.interval_s is {self.interval_s}, must be in 1..86400")
 
@@ -296,6 +362,7 @@ class AgentSettings:
     updates: UpdateSettings = field(default_factory=UpdateSettings)
     federation: FederationSettings | None = None
     privacy: PrivacySettings = field(default_factory=PrivacySettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
     serving: ServingSettings = field(default_factory=ServingSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     samples: SampleSettings = field(default_factory=SampleSettings)

@@ -1,7 +1,8 @@
 """The training process: `python -m edge_agent.trainer`, one run from joining to idleness.
 
 Reads a `TrainingJob` on stdin, prints one `TrainingEvent` a line on stdout; 0 when idle, 1 and one line on
-stderr when it failed. On SIGTERM it takes leave of the SuperLink, so that no round waits for it. The agent that starts it also limits its math libraries to one thread.
+stderr when it failed. On SIGTERM it takes leave of the SuperLink, so that no round waits for it. The agent that starts
+it bounds it: its priority, memory, processor time, and its math libraries to one thread.
 """
 
 import ctypes
@@ -41,7 +42,6 @@ _log = logging.getLogger(__name__)
 
 LEDGER_NAME = "ledger.jsonl"
 UPDATES_NAME = "updates"
-_NICENESS = 10  # serving goes first
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
@@ -49,7 +49,6 @@ def main() -> int:
     """Run the job on stdin; return the exit code."""
     _die_with_parent()
     forbid_core_dumps()
-    os.nice(_NICENESS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with os.fdopen(os.dup(1), "wb", buffering=0) as events:
         os.dup2(2, 1)  # what a library prints must not pass for an event
@@ -61,6 +60,9 @@ def main() -> int:
             train(parse_job(sys.stdin.buffer.read()), report=report)
         except (AgentError, ContractError) as error:
             print(f"edge-agent training: {error}", file=sys.stderr)
+            return 1
+        except MemoryError:  # of what leaked nothing comes back but with the process
+            print("edge-agent training: more memory is needed than training.max_memory_mb allows", file=sys.stderr)
             return 1
     return 0
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from edge_agent.config import AgentSettings
 from edge_agent.errors import StalledError
+from edge_agent.gatekeeper import Gatekeeper
 from edge_agent.reporter import Reporter
 from edge_agent.training.job import TrainingJob, build_job, parse_event
-from edge_agent.training.supervisor import Supervisor
+from edge_agent.training.supervisor import Bounds, Supervisor
 from edge_agent.updates.installer import Updater
 from edge_agent.updates.told_floors import TOLD_NAME, keep_told
 from models.contract.errors import EnvelopeError, MalformedError
@@ -36,14 +37,26 @@ class TrainingDesk:
     """Decides on commands one after the other and keeps at most one training process."""
 
     def __init__(
-        self, settings: AgentSettings, *, updater: Updater, reporter: Reporter, load_samples_key: Callable[[], bytes]
+        self,
+        settings: AgentSettings,
+        *,
+        updater: Updater,
+        reporter: Reporter,
+        gatekeeper: Gatekeeper,
+        load_samples_key: Callable[[], bytes],
     ) -> None:
         self._settings = settings
         self._updater = updater
         self._reporter = reporter
+        self._gatekeeper = gatekeeper
         self._load_samples_key = load_samples_key
         self._lock = asyncio.Lock()
-        self._supervisor = Supervisor(TRAINER_COMMAND, on_line=self._take_line, on_exit=self._note_exit)
+        bounds = Bounds(
+            niceness=settings.training.niceness,
+            memory_bytes=settings.training.max_memory_mb * 1_000_000,
+            cpu_s=settings.training.max_cpu_s,
+        )
+        self._supervisor = Supervisor(TRAINER_COMMAND, bounds=bounds, on_line=self._take_line, on_exit=self._note_exit)
 
     @property
     def run(self) -> str | None:
@@ -63,10 +76,17 @@ class TrainingDesk:
                 return
             try:
                 job = await asyncio.to_thread(self._build_job, command)
+                if reason := await self._gatekeeper.find_refusal(command.run):
+                    raise StalledError(f"this machine is not to train now: {reason}")
             except StalledError as error:
                 self._reporter.tell(EventKind.TRAINING_REFUSED, str(error), run=command.run)
                 return
-            await self._supervisor.start(command.run, build_job(job))
+            await self._supervisor.start(
+                command.run,
+                build_job(job),
+                patience_s=job.idle_timeout_s + self._settings.training.max_round_s,
+                wait_for_refusal=self._gatekeeper.wait_for_refusal,
+            )
 
     async def stop(self) -> None:
         """End the training process, if there is one."""
@@ -128,6 +148,8 @@ class TrainingDesk:
         except MalformedError:
             self._reporter.ignored += 1
             return
+        if event.event == "trained":
+            self._gatekeeper.note_trained(run)
         if kind := _EVENTS.get(event.event):
             self._reporter.tell(kind, event.message, run=run, round_number=event.round, ledger=event.ledger)
         if event.epsilon is not None:

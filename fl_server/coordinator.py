@@ -19,7 +19,7 @@ import signal
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,9 +30,10 @@ from fl_server.console.http import answering
 from fl_server.directory import Directory
 from fl_server.enrolment_desk import EnrolmentDesk, build_server_context, load_federation
 from fl_server.errors import RunError, ServerError
+from fl_server.fleet.intake import Intake, Kept
 from fl_server.fleet.lockout import Lockout
 from fl_server.fleet.mqtt import Connected, Disconnected, FromDevice, Link, LinkError
-from fl_server.fleet.roster import Roster, RosterError
+from fl_server.fleet.roster import Roster
 from fl_server.jobs import (
     Job,
     Jobs,
@@ -58,7 +59,7 @@ from fl_server.training_run import RunResult, Services, TrainingRun
 from models.contract.encoding import build_json
 from models.contract.errors import ContractError
 from models.contract.identity import Identity
-from models.contract.messages import Ack, Event, Status, Telemetry
+from models.contract.messages import Ack, Event, Status
 from models.contract.service import READY, STOPPING, feed_watchdog, notify
 from models.contract.settings import SettingsError
 from models.contract.topics import Channel, build_device_topic
@@ -69,6 +70,7 @@ JOBS_INTERVAL_S = 0.3
 METADATA_INTERVAL_S = 60.0  # a day is the shortest lifetime of what is signed
 DATABASE_PAUSE_S = 5.0  # after an error of its disk, which a person must make good
 ROLLOUTS_INTERVAL_S = 5.0  # telemetry is looked at so often, events at once
+ACK_MAX_IDS = 200  # of 32 characters: 7 kB of the 16 that a message may have
 NODES_INTERVAL_S = 5.0  # a device that was just enrolled should find itself registered when it comes
 
 
@@ -168,6 +170,7 @@ class Coordinator:
             announcer=self._announcer,
             superlink=self._superlink,
         )
+        self._database_path = directory.database_path
         self._run: TrainingRun | None = None
         self._reconnected, self._reported = asyncio.Event(), asyncio.Event()
 
@@ -210,51 +213,52 @@ class Coordinator:
             await asyncio.sleep(NODES_INTERVAL_S)
 
     async def _listen(self) -> None:
-        while True:
-            item = await self._link.receive()
-            match item:
-                case Connected():
-                    logger.info("connected to the broker")
-                    self._reconnected.set()
-                case Disconnected():
-                    logger.warning("the broker is away")
-                case FromDevice():
-                    try:
-                        await self._hear(item.device_id, item.document)
-                    except sqlite3.Error as error:  # an event that was not acknowledged comes again
-                        logger.error("what %s says could not be kept: %s", item.device_id, error)  # noqa: TRY400
+        with Intake(self._database_path) as intake:
+            while True:
+                messages = list[FromDevice]()
+                for item in await self._link.receive():
+                    match item:
+                        case Connected():
+                            logger.info("connected to the broker")
+                            self._reconnected.set()
+                        case Disconnected():
+                            logger.warning("the broker is away")
+                        case FromDevice():
+                            messages.append(item)
+                if not messages:
+                    continue
+                try:
+                    kept = await intake.keep(messages)
+                except sqlite3.Error as error:  # an event that was not acknowledged comes again
+                    who = ", ".join(sorted({message.device_id for message in messages}))
+                    logger.error("what %.200s says could not be kept: %s", who, error)  # noqa: TRY400
+                else:
+                    await self._act(kept)
 
-    async def _hear(self, device_id: str, document: Status | Telemetry | Event) -> None:
-        if not self._roster.is_member(device_id):
-            logger.warning("ignored a message of %s, which is not enrolled here", device_id)
-            return
-        match document:
-            case Status():
-                before = self._roster.save_status(device_id, document)
-                if self._run and _may_come_now(before, document):
-                    await self._run.wake_absent(only=device_id)
-                if self._run and before and before.online and not document.online:
-                    self._run.note_offline(device_id)
-            case Telemetry():
-                self._roster.save_telemetry(device_id, document)
-            case Event():
-                self._keep_ledger(device_id, document)
-                if self._roster.save_event(device_id, document):
-                    logger.info("%s: %s %s", device_id, document.kind, document.message)
-                    self._reported.set()
-                    if self._run:
-                        await self._run.note(device_id, document)
-                topic = build_device_topic(self._settings.fleet, device_id, Channel.ACK)
-                with contextlib.suppress(LinkError):  # the device sends it again
-                    await self._link.publish(topic, build_json(Ack(ids=(document.id,))))
+    async def _act(self, kept: Sequence[Kept]) -> None:
+        """Act on what is on disk, and acknowledge events, those of a device together."""
+        told: dict[str, list[str]] = {}
+        for item in kept:
+            match item.document:
+                case Status() as status:
+                    if self._run and _may_come_now(item.before, status):
+                        await self._run.wake_absent(only=item.device_id)
+                    if self._run and item.before and item.before.online and not status.online:
+                        self._run.note_offline(item.device_id)
+                case Event() as event:
+                    told.setdefault(item.device_id, []).append(event.id)
+                    if item.is_new:
+                        logger.info("%s: %s %s", item.device_id, event.kind, event.message)
+                        self._reported.set()
+                        if self._run:
+                            await self._run.note(item.device_id, event)
+        await asyncio.gather(*(self._acknowledge(device_id, ids) for device_id, ids in told.items()))
 
-    def _keep_ledger(self, device_id: str, event: Event) -> None:
-        if event.ledger is None or event.run is None:
-            return
-        try:
-            self._roster.save_ledger(device_id, event.ledger, run=event.run, round_number=event.round or 0)
-        except RosterError as error:  # the event itself is kept: told again it would be no better
-            logger.warning("%s", error)
+    async def _acknowledge(self, device_id: str, ids: Sequence[str]) -> None:
+        topic = build_device_topic(self._settings.fleet, device_id, Channel.ACK)
+        for first in range(0, len(ids), ACK_MAX_IDS):
+            with contextlib.suppress(LinkError):  # the device sends them again
+                await self._link.publish(topic, build_json(Ack(ids=tuple(ids[first : first + ACK_MAX_IDS]))))
 
     async def _work(self, *, trains: bool) -> None:
         while True:

@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from random import SystemRandom
 from typing import Any
 
@@ -96,6 +97,7 @@ class Link:
         self._on_message = on_message
         self._on_connected = on_connected
         self._client: _Client | None = None
+        self._unanswered: dict[int, Callable[[bool], None]] = {}
         self._reads: dict[str, list[asyncio.Future[bytes]]] = {}
 
     async def run(self) -> None:
@@ -107,8 +109,11 @@ class Link:
             delay_s = full_jitter(failures, base_s=_BACKOFF_BASE_S, cap_s=_BACKOFF_CAP_S, generator=jitter)
             await asyncio.sleep(delay_s)
 
-    def publish(self, publication: Publication) -> bool:
-        """Hand `publication` to the broker at QoS 1; False if it cannot go out now."""
+    def publish(self, publication: Publication, *, on_answered: Callable[[bool], None] | None = None) -> bool:
+        """Hand `publication` to the broker at QoS 1; False if it cannot go out now.
+
+        `on_answered` is called with whether the broker took it, unless the connection ends before.
+        """
         if self._client is None or not self.connected:
             return False
         properties = _build_properties(PacketTypes.PUBLISH, ContentType=publication.content_type)
@@ -118,6 +123,8 @@ class Link:
         if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
             self.dropped += 1
             return False
+        if on_answered is not None:
+            self._unanswered[info.mid] = on_answered
         return True
 
     async def read(self, topic: str, timeout_s: float) -> bytes | None:
@@ -139,7 +146,7 @@ class Link:
 
     async def _connect_once(self) -> bool:
         """Return whether the broker accepted, once the connection is over."""
-        events = _Events(asyncio.get_running_loop(), self)
+        events, self._unanswered = _Events(asyncio.get_running_loop(), self), {}
         client = _build_client(self._broker, self._build_will(), events)
         try:
             await asyncio.to_thread(_connect, client, self._broker)
@@ -165,6 +172,11 @@ class Link:
         self._subscribe(self._broker.subscriptions, qos=1)
         self._subscribe(list(self._reads), qos=0)
         self._on_connected()
+
+    def answer(self, number: int, *, is_taken: bool) -> None:
+        """Tell who published message `number` whether the broker took it."""
+        if on_answered := self._unanswered.pop(number, None):
+            on_answered(is_taken)
 
     def deliver(self, topic: str, payload: bytes) -> None:
         """Give a message to who waits for it."""
@@ -206,6 +218,9 @@ class _Events:
         self, _client: object, _data: object, _flags: object, code: ReasonCode, _properties: object
     ) -> None:
         self._reason = str(code)
+
+    def on_publish(self, _client: object, _data: object, number: int, code: ReasonCode, _properties: object) -> None:
+        self._post(self._run, partial(self._link.answer, number, is_taken=not code.is_failure))
 
     def on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
         # Waiting here stops reading from the socket, so that the broker waits too.
@@ -267,6 +282,7 @@ def _build_client(broker: Broker, will: Publication, events: _Events) -> _Client
     client.on_connect = events.on_connect
     client.on_disconnect = events.on_disconnect
     client.on_message = events.on_message
+    client.on_publish = events.on_publish
     client.on_socket_open = _set_no_delay
     client.on_end = events.on_end
     properties = _build_properties(PacketTypes.WILLMESSAGE, ContentType=will.content_type)

@@ -16,7 +16,14 @@ def read_rss_mb() -> float:
 
 
 def build_telemetry(
-    *, model: str, version: int | None, now_s: float, uptime_s: float, rss_mb: float, latencies: Sequence[int]
+    *,
+    model: str,
+    version: int | None,
+    now_s: float,
+    uptime_s: float,
+    rss_mb: float,
+    latencies: Sequence[int],
+    dropped: int,
 ) -> Telemetry:
     """Return the report on the answers counted in `latencies`, a difference of histogram snapshots."""
     return Telemetry(
@@ -28,6 +35,7 @@ def build_telemetry(
         version=version,
         latency_p50_ms=_quantile_ms(latencies, 0.5),
         latency_p99_ms=_quantile_ms(latencies, 0.99),
+        dropped=dropped,
     )
 
 

@@ -40,12 +40,16 @@ class SampleKeeper:
         except StalledError as error:
             raise RequestError(str(error), status=507) from error
 
-    def count(self) -> int | None:
-        """Return how many samples there are; None if their file cannot be opened."""
+    def count(self, *, after: int = 0) -> int | None:
+        """Return how many samples there are that came after the one with id `after`; None if their file cannot be opened."""
         try:
-            return self._open().count()
+            return self._open().count(after=after)
         except StalledError:
             return None
+
+    def find_newest(self) -> int:
+        """Return the id of the newest sample there ever was, 0 before the first; raises StalledError."""
+        return self._unlock().find_newest()
 
     def find(self, matches: Callable[[Opened], bool]) -> list[int]:
         """Return the ids of the samples that `matches` says yes to; raises StalledError."""

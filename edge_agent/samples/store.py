@@ -131,10 +131,15 @@ class SampleStore:
         except sqlite3.Error as error:
             raise RequestError(f"the samples cannot be kept: {error}", status=507) from error
 
-    def count(self) -> int:
-        """Return how many there are; raises StalledError."""
+    def count(self, *, after: int = 0) -> int:
+        """Return how many there are with an id above `after`; raises StalledError."""
         with self._reading():
-            return self._count()
+            return self._count(after)
+
+    def find_newest(self) -> int:
+        """Return the id of the newest there ever was, 0 before the first; raises StalledError."""
+        with self._reading():
+            return self._find_next_row() - 1
 
     def load(self, x_spec: TensorSpec, y_spec: TensorSpec) -> tuple[Array, Array]:
         """Return all samples of the model that fit both specs, stacked: x (n, *row shape) and y (n, *row shape), by age.
@@ -223,9 +228,10 @@ class SampleStore:
         except sqlite3.Error as error:
             raise StalledError(f"{self._path}: {error}") from error
 
-    def _count(self) -> int:
-        table = "records" if read_version(self._connection) else "samples"
-        return int(self._connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])  # noqa: S608
+    def _count(self, after: int = 0) -> int:
+        if not read_version(self._connection):  # all of an earlier release
+            return int(self._connection.execute("SELECT count(*) FROM samples").fetchone()[0])
+        return int(self._connection.execute("SELECT count(*) FROM records WHERE row > ?", (after,)).fetchone()[0])
 
     def _make_room(self, count: int) -> None:
         old = [(row,) for row, _ in self._list_old(count)]

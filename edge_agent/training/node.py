@@ -274,6 +274,8 @@ def _apply(handle: Handle, message: Message, contents: list[bytes]) -> bytes | N
         return None
     try:
         return handle(parameters, envelope)
+    except MemoryError:  # whoever leaks is not better with the next round
+        raise
     except Exception as error:  # noqa: BLE001 - one round's failure must not cost the next
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:

@@ -40,6 +40,7 @@ class LocalDevice:
             "EDGE_AGENT_HTTP__PORT": str(self.port),
             "EDGE_AGENT_HTTP__UDS": str(self.socket_path),
             "EDGE_AGENT_TELEMETRY__INTERVAL_S": "5",
+            "EDGE_AGENT_TRAINING__NICENESS": "10",  # one machine plays them all: nothing of it is ever idle
         }
 
     def start(self) -> Child:

@@ -5,15 +5,20 @@ what its topic says is counted and forgotten.
 """
 
 import asyncio
+import contextlib
 import logging
+import math
 import socket
 import threading
+import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from paho.mqtt.client import Client, ConnectFlags, MQTTMessage, MQTTv5
-from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -30,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 CONFIRM_TIMEOUT_S = 10.0  # a publish over the broker's size limit is never confirmed, nor refused
 IN_FLIGHT = 20  # mosquitto's receive maximum
+THREAD_PAUSE_S = 1.0  # after an exception in paho's thread, or one that repeats would take a core
+TELEMETRY_WAIT_S = 0.25  # for company: a batch costs little more than one message
 QUEUE_MAX_ITEMS = 10_000  # what does not fit is counted; events come again, as they are not acknowledged
 SESSION_EXPIRY_S = 3600  # the broker keeps events for a coordinator that restarts
 _KINDS: dict[Channel, type[Status | Telemetry | Event]] = {
@@ -64,6 +71,23 @@ class FromDevice:
 Item: TypeAlias = Connected | Disconnected | FromDevice
 
 
+class _Client(Client):
+    """Makes a new connection when an exception ends its loop: paho's thread would end in silence."""
+
+    on_lost: Callable[[], None]
+
+    def loop_forever(self, timeout: float = 1.0, retry_first_connection: bool = False) -> MQTTErrorCode:  # noqa: FBT001, FBT002 - paho's signature
+        while True:
+            try:
+                return super().loop_forever(timeout, retry_first_connection)
+            except Exception:
+                logger.exception("the link to the broker has failed, and is made anew")
+            self.on_lost()
+            time.sleep(THREAD_PAUSE_S)
+            with contextlib.suppress(OSError):  # the loop tries again
+                self.reconnect()
+
+
 class Link:
     """MQTT 5 client of the coordinator, used on one event loop.
 
@@ -82,14 +106,18 @@ class Link:
         self.dropped = 0
         self._host, self._port, self._fleet = host, port, fleet
         self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[Item | MQTTMessage] = asyncio.Queue(QUEUE_MAX_ITEMS)
+        self._items: deque[Item | MQTTMessage] = deque()
+        self._are_there = asyncio.Event()
+        self._wakes_in_s = math.inf  # the loop has been told to look by then
         self._unconfirmed: dict[int, asyncio.Future[None]] = {}
         self._in_flight = asyncio.Semaphore(IN_FLIGHT)
-        self._client = client = Client(
+        self._client = client = _Client(
             CallbackAPIVersion.VERSION2, client_id=f"fl-server.{fleet}", protocol=MQTTv5, reconnect_on_failure=True
         )
         client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
+        client.on_lost = self._on_disconnect
         client.on_message, client.on_publish = self._on_message, self._on_publish
+        client.message_callback_add(build_device_filter(fleet, Channel.TELEMETRY), self._on_telemetry)
         client.on_socket_open = _disable_delay
         if identity is not None:
             client.tls_set_context(identity.build_context())
@@ -112,17 +140,15 @@ class Link:
     def is_connected(self) -> bool:
         return self._client.is_connected()
 
-    async def receive(self) -> Item:
-        """Return what happened next; junk never comes out."""
+    async def receive(self) -> list[Item]:
+        """Return what happened since the last call, at least one item, oldest first; junk never comes out."""
         while True:
-            item = await self._items.get()
-            if not isinstance(item, MQTTMessage):
-                return item
-            try:
-                return self._parse(item)
-            except MalformedError as error:
-                self.ignored += 1
-                logger.warning("ignored a message (%d so far): %.200s", self.ignored, error)
+            await self._are_there.wait()
+            self._are_there.clear()
+            self._wakes_in_s = math.inf  # first: what comes from here on asks for another look
+            items = [item for _ in range(len(self._items)) if (item := self._open(self._items.popleft()))]
+            if items:
+                return items
 
     async def publish(
         self, topic: str, payload: bytes, *, retain: bool = False, content_type: str = "application/json"
@@ -147,6 +173,16 @@ class Link:
             finally:
                 self._unconfirmed.pop(info.mid, None)
 
+    def _open(self, item: Item | MQTTMessage) -> Item | None:
+        if not isinstance(item, MQTTMessage):
+            return item
+        try:
+            return self._parse(item)
+        except MalformedError as error:
+            self.ignored += 1
+            logger.warning("ignored a message (%d so far): %.200s", self.ignored, error)
+            return None
+
     def _parse(self, message: MQTTMessage) -> FromDevice:
         try:
             topic = parse_device_topic(self._fleet, message.topic)
@@ -167,16 +203,20 @@ class Link:
         if reason.is_failure:
             logger.warning("broker %s:%d refuses: %s", self._host, self._port, reason)
             return
-        options = SubscribeOptions(qos=1)
-        client.subscribe([(build_device_filter(self._fleet, channel), options) for channel in _KINDS])
-        self._hand_over(self._put, Connected())
+        # Of telemetry the last counts: queued for a coordinator that is away, it would only crowd out events.
+        options = {channel: SubscribeOptions(qos=0 if channel is Channel.TELEMETRY else 1) for channel in _KINDS}
+        client.subscribe([(build_device_filter(self._fleet, channel), each) for channel, each in options.items()])
+        self._put(Connected())
 
     def _on_disconnect(self, *_: Any) -> None:
         self._hand_over(self._fail_unconfirmed)
-        self._hand_over(self._put, Disconnected())
+        self._put(Disconnected())
 
     def _on_message(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
-        self._hand_over(self._put, message)
+        self._put(message)
+
+    def _on_telemetry(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
+        self._put(message, wait_s=TELEMETRY_WAIT_S)
 
     def _on_publish(self, _client: Client, _userdata: Any, mid: int, reason: ReasonCode, _: Any) -> None:
         self._hand_over(self._confirm, mid, reason)
@@ -187,13 +227,16 @@ class Link:
         except RuntimeError:  # the loop has closed: the coordinator is ending
             return
 
-    # And this on the loop.
-
-    def _put(self, item: Item | MQTTMessage) -> None:
-        try:
-            self._items.put_nowait(item)
-        except asyncio.QueueFull:
+    def _put(self, item: Item | MQTTMessage, *, wait_s: float = 0.0) -> None:
+        if len(self._items) >= QUEUE_MAX_ITEMS:
             self.dropped += 1
+            return
+        self._items.append(item)
+        if wait_s < self._wakes_in_s:  # the loop is woken once for many items
+            self._wakes_in_s = wait_s
+            self._hand_over(self._loop.call_later, wait_s, self._are_there.set)
+
+    # And this on the loop.
 
     def _confirm(self, mid: int, reason: ReasonCode) -> None:
         confirmed = self._unconfirmed.get(mid)

@@ -149,7 +149,7 @@ class LastWord:
 
 
 class Roster:
-    """The enrolled devices on disk; every method returns once its effect is durable."""
+    """The enrolled devices on disk; every method returns once its effect is durable, in a batch once that ends."""
 
     def __init__(self, path: Path) -> None:
         self._database = open_database(path, _SCHEMA)
@@ -160,7 +160,16 @@ class Roster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._database.close()
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Make all changes of the block durable together at its end, and none of them if it raises."""
+        with self._changing():
+            yield
 
     @contextmanager
     def enrolling(self, device_id: str, public_key: bytes) -> Iterator[None]:
@@ -437,13 +446,15 @@ class Roster:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        self._database.execute("BEGIN IMMEDIATE")
+        is_whole = not self._database.in_transaction  # else a part of one, undone alone
+        self._database.execute("BEGIN IMMEDIATE" if is_whole else "SAVEPOINT part")
         try:
             yield
         except BaseException:
-            self._database.execute("ROLLBACK")
+            for undo in ("ROLLBACK",) if is_whole else ("ROLLBACK TO part", "RELEASE part"):
+                self._database.execute(undo)
             raise
-        self._database.execute("COMMIT")
+        self._database.execute("COMMIT" if is_whole else "RELEASE part")
 
 
 def _read_certificate(row: sqlite3.Row) -> DeviceCertificate:

@@ -67,6 +67,7 @@ class Telemetry:
         id: Unique per device; a reader de-duplicates by it.
         sent_at: Unix time, s.
         latency_p50_ms: Of the model's answers since the last telemetry; None without requests.
+        dropped: Telemetry and events that this device could not keep until they had arrived, in all.
     """
 
     schema_version: Literal[1] = 1
@@ -78,6 +79,7 @@ class Telemetry:
     version: int | None = None
     latency_p50_ms: float | None = None
     latency_p99_ms: float | None = None
+    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,11 @@
 """A whole device against a real broker: killed, cut off, lied to, and told to train."""
 
 import asyncio
+import contextlib
 import json
 import platform
+import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -85,6 +89,7 @@ def build_command(
     run: str = "run-1",
     model: str = MODEL,
     floors: Floors | None = None,
+    idle_timeout_s: int = 5,
 ) -> bytes:
     now_s = int(time.time())
     command = WakeCommand(
@@ -96,7 +101,7 @@ def build_command(
         model=model,
         run=run,
         poll_interval_ms=100,
-        idle_timeout_s=5,
+        idle_timeout_s=idle_timeout_s,
         floors=floors,
     )
     return build_envelope(command, key)
@@ -143,6 +148,13 @@ def test_junk_on_every_topic_is_ignored_and_counted_and_the_model_answers(
         assert "Traceback" not in device.log_path.read_text()
 
 
+def read_telemetry(device: AgentProcess, *, since_s: float) -> list[dict]:
+    """Return what telemetry waits in the device's outbox."""
+    with contextlib.closing(sqlite3.connect(device.state_dir / "outbox.db")) as outbox:
+        query = "SELECT payload FROM items WHERE kind = 'telemetry' AND said_s >= ?"
+        return [json.loads(payload) for (payload,) in outbox.execute(query, (since_s,))]
+
+
 def test_device_serves_while_the_broker_is_gone_and_comes_back(
     tmp_path: Path, broker: Mosquitto, observer: Observer
 ) -> None:
@@ -150,16 +162,35 @@ def test_device_serves_while_the_broker_is_gone_and_comes_back(
         wait_connected(device)
         wait_until(lambda: observer.documents("telemetry"), "telemetry")
         broker.kill()
+        lost_s = time.time()
         wait_until(lambda: not device.status()["connected"], "the loss to be noticed")
         assert httpx.post(device.url + INFER, json=GOOD).is_success
-        wait_until(lambda: device.status()["dropped_messages"] > 0, "lost telemetry to be counted")
+        wait_until(lambda: read_telemetry(device, since_s=lost_s), "telemetry to be kept")
+        kept = read_telemetry(device, since_s=lost_s)[0]
+        device.kill()
         broker.start()
+        with Observer(broker.port) as again:
+            device.start()
+            wait_until(lambda: kept in again.documents("telemetry"), "the telemetry that was kept")
+            assert (kept["version"], kept["dropped"]) == (1, 0)
+            assert kept["rss_mb"] > 10
+            wait_until(lambda: kept not in read_telemetry(device, since_s=lost_s), "it to leave the outbox")
+
+
+def test_device_that_is_away_for_longer_than_it_keeps_telemetry_says_how_much_is_lost(
+    tmp_path: Path, broker: Mosquitto, observer: Observer
+) -> None:
+    extra = "[telemetry]\ninterval_s = 1\nkept_days = 0.00002\n"  # 1.7 s
+    with build_device(tmp_path, broker, extra=extra) as device:
         wait_connected(device)
+        broker.kill()
+        wait_until(lambda: device.status()["dropped_messages"] >= 2, "telemetry to be dropped")
+        broker.start()
         with Observer(broker.port) as again:
             wait_until(lambda: again.documents("telemetry"), "telemetry again")
-            telemetry = again.documents("telemetry")[-1]
-            assert telemetry["rss_mb"] > 10
-            assert telemetry["version"] == 1
+            wait_until(lambda: again.documents("telemetry")[-1]["dropped"] >= 2, "the loss to be told")
+            assert len(again.documents("status")) == 1  # only how it is now
+            assert again.documents("status")[0]["online"]
 
 
 def test_forged_replayed_and_foreign_commands_are_refused_and_reported(
@@ -197,6 +228,54 @@ def test_training_process_that_dies_is_an_event_and_serving_goes_on(
         wait_until(lambda: device.status()["training"] is None, "the run to be over")
 
 
+def find_trainer(device: AgentProcess) -> psutil.Process | None:
+    for child in psutil.Process(device.pid).children():
+        with contextlib.suppress(psutil.Error):
+            if "edge_agent.trainer" in child.cmdline():
+                return child
+    return None
+
+
+@pytest.mark.parametrize(
+    ("deadly", "said"), [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "said nothing for 2 s")]
+)
+def test_training_process_that_is_killed_for_memory_or_hangs_costs_no_answer_and_is_reported(
+    tmp_path: Path, broker: Mosquitto, observer: Observer, deadly: signal.Signals, said: str
+) -> None:
+    extra = f"{FEDERATION}[training]\nmax_round_s = 1\n"
+    with build_device(tmp_path, broker, extra=extra, trainable=True) as device:
+        wait_connected(device)
+        observer.publish(COMMAND, build_command(1, idle_timeout_s=1))
+        wait_until(lambda: find_trainer(device), "the training process")
+        trainer = find_trainer(device)
+        assert trainer is not None
+        trainer.send_signal(deadly)
+        statuses = []
+
+        def is_over() -> bool:
+            statuses.append(httpx.post(device.url + INFER, json=GOOD).status_code)
+            return device.status()["training"] is None
+
+        wait_until(is_over, "the run to be over")
+        assert set(statuses) == {200}
+        assert not trainer.is_running()
+        assert wait_event(observer, "TRAINING_ENDED", said)["run"] == "run-1"
+
+
+def test_machine_that_its_owner_keeps_from_training_says_so_and_starts_nothing(
+    tmp_path: Path, broker: Mosquitto, observer: Observer
+) -> None:
+    hour = (time.localtime().tm_hour + 12) % 24
+    extra = f'{FEDERATION}[training]\nhours = "{hour:02}:00-{hour:02}:01"\n'
+    with build_device(tmp_path, broker, extra=extra, trainable=True) as device:
+        wait_connected(device)
+        observer.publish(COMMAND, build_command(1))
+        refused = wait_event(observer, "TRAINING_REFUSED", "trains at other hours (training.hours)")
+        assert refused["run"] == "run-1"
+        assert device.status()["training"] is None
+        assert find_trainer(device) is None
+
+
 def test_events_come_again_after_a_kill_until_they_are_acknowledged(
     tmp_path: Path, broker: Mosquitto, observer: Observer
 ) -> None:
@@ -216,6 +295,26 @@ def test_events_come_again_after_a_kill_until_they_are_acknowledged(
             wait_connected(device)
             again.publish(build_device_topic(FLEET, DEVICE, Channel.ACK), build_json(Ack(ids=(event["id"],))))
             wait_until(lambda: device.status()["unsent_events"] == 0, "the event to be acknowledged")
+
+
+def test_hundred_events_of_a_killed_device_arrive_after_its_and_the_brokers_restart(
+    tmp_path: Path, broker: Mosquitto, observer: Observer
+) -> None:
+    forger = Ed25519PrivateKey.generate()
+    with build_device(tmp_path, broker, extra=FEDERATION) as device:
+        wait_connected(device)
+        for number in range(1, 101):
+            observer.publish(COMMAND, build_command(number, key=forger))
+            wait_until(lambda: device.status()["unsent_events"] >= number, f"event {number} to wait")  # noqa: B023
+        broker.kill()
+        device.kill()
+        broker.start()
+        with Observer(broker.port) as again:
+            device.start()
+            wait_until(lambda: len({event["id"] for event in again.documents("event")}) == 100, "all events")
+            ids = tuple({event["id"] for event in again.documents("event")})
+            again.publish(build_device_topic(FLEET, DEVICE, Channel.ACK), build_json(Ack(ids=ids)))
+            wait_until(lambda: device.status()["unsent_events"] == 0, "all events to be acknowledged")
 
 
 class Releases:

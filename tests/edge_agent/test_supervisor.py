@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_agent.training.supervisor import LINE_MAX_BYTES, Supervisor
+from edge_agent.training.supervisor import LINE_MAX_BYTES, Bounds, Supervisor
 from tests.simulators.waiting import wait_until
 
 ECHO = "import sys; print(sys.stdin.read(), flush=True)"
@@ -14,24 +14,33 @@ HANG = "import os, sys, signal; signal.signal(signal.SIGTERM, signal.SIG_DFL); p
 STUBBORN = HANG.replace("SIG_DFL", "SIG_IGN") + "\nwhile True: signal.pause()"
 
 
+BOUNDS = Bounds(niceness=10, memory_bytes=1 << 30, cpu_s=60)
+
+
 class Watch:
-    def __init__(self, code: str, command: list[str] | None = None) -> None:
+    def __init__(self, code: str, command: list[str] | None = None, *, bounds: Bounds = BOUNDS) -> None:
         self.lines: list[tuple[str, bytes]] = []
         self.exits: list[tuple[str, str | None]] = []
+        self.refusal: asyncio.Future[str] | None = None
         self.supervisor = Supervisor(
             command or [sys.executable, "-c", code],
+            bounds=bounds,
             on_line=lambda run, line: self.lines.append((run, line)),
             on_exit=lambda run, problem: self.exits.append((run, problem)),
         )
+
+    async def start(self, run: str = "run-1", job: bytes = b"", *, patience_s: float = 60.0) -> None:
+        self.refusal = refusal = asyncio.get_running_loop().create_future()
+        await self.supervisor.start(run, job, patience_s=patience_s, wait_for_refusal=lambda: refusal)
 
 
 async def until(condition: Callable[[], object], what: str) -> None:
     await asyncio.to_thread(wait_until, condition, what)
 
 
-def run_to_the_end(watch: Watch) -> None:
+def run_to_the_end(watch: Watch, *, patience_s: float = 60.0) -> None:
     async def scenario() -> None:
-        await watch.supervisor.start("run-1", b"job")
+        await watch.start("run-1", b"job", patience_s=patience_s)
         await until(lambda: watch.exits, "the process to end")
 
     asyncio.run(scenario())
@@ -71,12 +80,12 @@ def test_same_run_twice_is_one_process_and_another_run_replaces_it() -> None:
     watch = Watch(HANG)
 
     async def scenario() -> None:
-        await watch.supervisor.start("run-1", b"")
+        await watch.start("run-1")
         await until(lambda: watch.lines, "the first process")
-        await watch.supervisor.start("run-1", b"")
+        await watch.start("run-1")
         assert watch.supervisor.run == "run-1"
         first = int(watch.lines[0][1])
-        await watch.supervisor.start("run-2", b"")
+        await watch.start("run-2")
         assert not is_alive(first)
         await until(lambda: len(watch.lines) == 2, "the second process")
         await watch.supervisor.stop()
@@ -90,7 +99,7 @@ def test_process_that_ignores_the_request_to_end_is_killed() -> None:
     watch = Watch(STUBBORN)
 
     async def scenario() -> None:
-        await watch.supervisor.start("run-1", b"")
+        await watch.start("run-1")
         await until(lambda: watch.lines, "the process")
         await watch.supervisor.stop()
 
@@ -102,7 +111,7 @@ def test_stopping_before_the_first_step_leaves_nothing_behind() -> None:
     watch = Watch(HANG)
 
     async def scenario() -> None:
-        await watch.supervisor.start("run-1", b"")
+        await watch.start("run-1")
         await watch.supervisor.stop()
         assert watch.supervisor.run is None
         await watch.supervisor.stop()
@@ -110,14 +119,44 @@ def test_stopping_before_the_first_step_leaves_nothing_behind() -> None:
     asyncio.run(scenario())
 
 
-def test_process_runs_with_one_thread_and_is_the_first_to_go_without_memory() -> None:
-    watch = Watch(
+def test_process_stays_behind_whatever_else_runs_and_is_the_first_to_go_without_memory() -> None:
+    code = (
         "import os, sys; sys.stdin.read()\n"
-        "print(os.environ['OMP_NUM_THREADS'], os.environ['OPENBLAS_NUM_THREADS'], "
-        "open('/proc/self/oom_score_adj').read().strip(), flush=True)"
+        "print(os.environ['OMP_NUM_THREADS'], os.environ['OPENBLAS_NUM_THREADS'], os.sched_getscheduler(0), "
+        "os.getpriority(os.PRIO_PROCESS, 0), open('/proc/self/oom_score_adj').read().strip(), flush=True)"
     )
-    run_to_the_end(watch)
-    assert watch.lines == [("run-1", b"1 1 1000\n")]
+    for niceness, policy in ((19, os.SCHED_IDLE), (5, os.SCHED_OTHER)):
+        watch = Watch(code, bounds=Bounds(niceness=niceness, memory_bytes=1 << 30, cpu_s=60))
+        run_to_the_end(watch)
+        assert watch.lines == [("run-1", b"1 1 %d %d 1000\n" % (policy, niceness))]
+
+
+def test_process_that_leaks_loops_or_hangs_is_ended_and_the_reason_is_told() -> None:
+    leaking = "kept = []\ntry:\n  while True: kept.append(bytearray(1 << 20))\nexcept MemoryError: raise SystemExit(7)"
+    bounds = Bounds(niceness=10, memory_bytes=1 << 28, cpu_s=1)
+    for code, patience_s, problem in (
+        (leaking, 60.0, "ended with exit code 7, the device's log says why"),
+        ("while True: pass", 60.0, "was killed by SIGXCPU"),
+        (HANG, 0.5, "was ended, as it said nothing for 0.5 s"),
+    ):
+        watch = Watch(code, bounds=bounds)
+        run_to_the_end(watch, patience_s=patience_s)
+        assert watch.exits == [("run-1", problem)]
+
+
+def test_process_is_ended_when_the_machine_is_no_longer_to_train() -> None:
+    watch = Watch(HANG)
+
+    async def scenario() -> None:
+        await watch.start()
+        await until(lambda: watch.lines, "the process")
+        assert watch.refusal is not None
+        watch.refusal.set_result("it runs on battery")
+        await until(lambda: watch.exits, "its end")
+
+    asyncio.run(scenario())
+    assert not is_alive(int(watch.lines[0][1]))
+    assert watch.exits == [("run-1", "was ended, as this machine is not to train now: it runs on battery")]
 
 
 def test_supervisor_needs_only_the_standard_library() -> None:

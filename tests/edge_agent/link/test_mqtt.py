@@ -16,11 +16,17 @@ from tests.simulators.waiting import wait_until
 
 
 class Receiver:
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, keepalive_s: int = 5) -> None:
         self.messages: list[tuple[str, bytes]] = []
         self.connections = 0
         self.link = Link(
-            Broker(host="127.0.0.1", port=port, client_id="device", keepalive_s=5, subscriptions=("in", "in/more")),
+            Broker(
+                host="127.0.0.1",
+                port=port,
+                client_id="device",
+                keepalive_s=keepalive_s,
+                subscriptions=("in", "in/more"),
+            ),
             build_will=lambda: Publication(topic="will", payload=b"gone", retain=True),
             on_message=self.take,
             on_connected=self.count,
@@ -40,8 +46,8 @@ async def until(condition: Callable[[], object], what: str) -> None:
 
 
 @asynccontextmanager
-async def connected(port: int) -> AsyncIterator[Receiver]:
-    receiver = Receiver(port)
+async def connected(port: int, *, keepalive_s: int = 5) -> AsyncIterator[Receiver]:
+    receiver = Receiver(port, keepalive_s)
     running = asyncio.create_task(receiver.link.run())
     try:
         await until(lambda: receiver.link.connected, "the link to connect")
@@ -160,6 +166,41 @@ def test_thread_of_paho_that_dies_is_replaced(broker: Mosquitto, monkeypatch: py
             await until(lambda: receiver.connections == 2, "a new connection")
 
     asyncio.run(scenario())
+
+
+def test_connection_that_is_half_open_is_given_up_and_made_anew(broker: Mosquitto) -> None:
+    async def scenario() -> None:
+        async with connected(broker.port, keepalive_s=1) as receiver:
+            with broker.stopped():  # its side of the connection stays open, and says nothing
+                await until(lambda: not receiver.link.connected, "the silence to be noticed")
+            await until(lambda: receiver.connections == 2, "a new connection")
+
+    asyncio.run(scenario())
+
+
+def test_publisher_hears_that_the_broker_has_its_message_and_nothing_of_a_lost_connection(broker: Mosquitto) -> None:
+    answers: list[tuple[str, bool]] = []
+
+    def publish(receiver: Receiver, name: str) -> bool:
+        publication = Publication(topic="out", payload=name.encode())
+        return receiver.link.publish(publication, on_answered=lambda is_taken: answers.append((name, is_taken)))
+
+    async def scenario() -> None:
+        async with connected(broker.port) as receiver:
+            assert publish(receiver, "first")
+            await until(lambda: answers, "the broker's answer")
+            with broker.stopped():
+                assert publish(receiver, "lost")
+                broker.kill()
+            await until(lambda: not receiver.link.connected, "the loss to be noticed")
+            assert not publish(receiver, "refused")
+            await asyncio.to_thread(broker.start)
+            await until(lambda: receiver.link.connected, "the second connection")
+            assert publish(receiver, "second")
+            await until(lambda: len(answers) == 2, "the second answer")
+
+    asyncio.run(scenario())
+    assert answers == [("first", True), ("second", True)]
 
 
 def test_broker_that_is_not_there_is_tried_again(tmp_path: Path) -> None:

@@ -24,13 +24,15 @@ def test_telemetry_counts_only_what_is_new() -> None:
     first = histogram.snapshot()
     histogram.record(0.001)
     counts = subtract(histogram.snapshot(), first)
-    telemetry = build_telemetry(model="m", version=2, now_s=1, uptime_s=2, rss_mb=3, latencies=counts)
+    telemetry = build_telemetry(model="m", version=2, now_s=1, uptime_s=2, rss_mb=3, latencies=counts, dropped=7)
+    assert telemetry.dropped == 7
     assert telemetry.latency_p99_ms == pytest.approx(1.0, rel=0.1)
 
 
 def test_without_answers_there_is_no_latency() -> None:
     counts = LatencyHistogram().snapshot()
-    telemetry = build_telemetry(model="m", version=None, now_s=1, uptime_s=2, rss_mb=3, latencies=counts)
+    telemetry = build_telemetry(model="m", version=None, now_s=1, uptime_s=2, rss_mb=3, latencies=counts, dropped=7)
+    assert telemetry.dropped == 7
     assert telemetry.latency_p50_ms is None
 
 

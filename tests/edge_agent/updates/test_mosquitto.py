@@ -60,7 +60,7 @@ async def _release(
         asyncio.timeout(30),
         CoordinatorLink(host="127.0.0.1", port=port, fleet=FLEET) as coordinator,
     ):
-        while not isinstance(await coordinator.receive(), Connected):
+        while Connected() not in await coordinator.receive():
             pass
         publisher = Publisher(fleet=FLEET, record_path=tmp_path / "published.json", publish=coordinator.publish)
         for offer, blobs in releases:

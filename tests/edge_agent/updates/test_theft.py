@@ -43,7 +43,7 @@ async def _steal_and_recover(tmp_path: Path, port: int) -> None:
     ):
         in_child = partial(verify_offer, root=server.root, trust_dir=tmp_path / "device" / "tuf")
         device.updater._open_offer = in_child
-        while not isinstance(await link.receive(), Connected):
+        while Connected() not in await link.receive():
             pass
 
         async def offer(repository: ReleaseRepository, version_dir: Path) -> tuple[EventKind, str]:

@@ -5,9 +5,10 @@ import paho.mqtt.publish
 import paho.mqtt.subscribe
 import pytest
 
+import fl_server.fleet.mqtt as module
 from fl_server.fleet.mqtt import Connected, Disconnected, FromDevice, Link, LinkError
 from models.contract.encoding import build_json
-from models.contract.messages import MESSAGE_MAX_BYTES, Event, EventKind, Status
+from models.contract.messages import MESSAGE_MAX_BYTES, Event, EventKind, Status, Telemetry
 from tests.simulators.mosquitto import Mosquitto
 
 DEVICE = "fl/v1/demo/device/device-1"
@@ -38,9 +39,9 @@ def publish(broker: Mosquitto, topic: str, payload: bytes, *, retain: bool = Fal
 
 
 async def receive(link: Link, kind: type) -> object:
-    """Return the next item, which must be of `kind`."""
+    """Return what came, which must be one item of `kind`."""
     async with asyncio.timeout(20):
-        item = await link.receive()
+        [item] = await link.receive()
     assert isinstance(item, kind), item
     return item
 
@@ -64,7 +65,11 @@ def test_messages_of_devices_come_out_typed_and_in_order(broker):
             await receive(link, Connected)
             await asyncio.to_thread(publish, broker, f"{DEVICE}/status", build_json(STATUS))
             await asyncio.to_thread(publish, broker, f"{DEVICE}/event", build_json(event))
-            return [await receive(link, FromDevice), await receive(link, FromDevice)]
+            items = []
+            async with asyncio.timeout(20):
+                while len(items) < 2:
+                    items += await link.receive()
+            return items
 
     assert asyncio.run(scenario()) == [
         FromDevice(device_id="device-1", document=STATUS),
@@ -85,6 +90,35 @@ def test_junk_on_every_topic_is_counted_and_the_next_good_message_arrives(broker
     message, ignored = asyncio.run(scenario())
     assert message.document == STATUS
     assert ignored == len(JUNK)
+
+
+def test_telemetry_waits_for_company_and_an_event_does_not(broker, monkeypatch):
+    monkeypatch.setattr(module, "TELEMETRY_WAIT_S", 3600.0)
+    telemetry = Telemetry(id="a", sent_at=1.0, uptime_s=1.0, rss_mb=60.0, model="digits")
+
+    async def scenario():
+        async with Link(host="127.0.0.1", port=broker.port, fleet="demo") as link:
+            await receive(link, Connected)
+            for channel, document in (("telemetry", telemetry), ("telemetry", telemetry), ("status", STATUS)):
+                await asyncio.to_thread(publish, broker, f"{DEVICE}/{channel}", build_json(document))
+            async with asyncio.timeout(20):
+                return await link.receive()
+
+    assert [item.document for item in asyncio.run(scenario())] == [telemetry, telemetry, STATUS]
+
+
+def test_thread_of_paho_that_dies_is_replaced(broker, monkeypatch):
+    async def scenario():
+        async with Link(host="127.0.0.1", port=broker.port, fleet="demo") as link:
+            await receive(link, Connected)
+            loop = link._client._loop
+            monkeypatch.setattr(link._client, "_loop", lambda _timeout: monkeypatch.undo() or 1 / 0)
+            await receive(link, Disconnected)
+            await receive(link, Connected)
+            assert link._client._loop == loop
+            await publish_when_possible(link, "fl/v1/demo/offer", b"again")
+
+    asyncio.run(scenario())
 
 
 def test_publish_returns_once_the_broker_has_the_message(broker):
