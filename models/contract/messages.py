@@ -1,6 +1,6 @@
 """Unsigned MQTT payloads between a device and the coordinator, one frozen dataclass each."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
@@ -111,4 +111,4 @@ class Ack:
     """The coordinator has these events of a device on disk."""
 
     schema_version: Literal[1] = 1
-    ids: tuple[str, ...] = field(default_factory=tuple)
+    ids: tuple[str, ...]

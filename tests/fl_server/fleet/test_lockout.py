@@ -4,6 +4,7 @@ import os
 import socket
 import ssl
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fl_server.fleet import lockout as lockout_module
 from fl_server.fleet.enrolment import Federation, enroll_device
 from fl_server.fleet.lockout import Lockout
 from fl_server.fleet.roster import Roster
+from models.contract.floors import Floors
 from models.contract.identity import Identity
 from tests.simulators.mosquitto import ClosedMosquitto
 from tests.simulators.waiting import wait_until
@@ -44,6 +46,7 @@ def enroll(broker: ClosedMosquitto, roster: Roster, directory: Path) -> Identity
         superlink="127.0.0.1:1",
         ca=(broker.ca_dir / "ca.pem").read_bytes(),
         tuf_root=b"{}",
+        floors=Floors(roles={}, signed_at=datetime.now(UTC)),
     )
     enroll_device(roster, broker.authority, federation, device_id=directory.name, model="digits", out_dir=directory)
     return Identity(ca_path=directory / "ca.pem", cert_path=directory / "device.pem", key_path=directory / "device.key")
