@@ -1,4 +1,4 @@
-# Everything a person needs: demo, test, check, bench. Each works on a fresh machine with Python 3.11.
+# Everything a person needs: demo, test, check, bench, soak. Each works on a fresh machine with Python 3.11.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,13 +9,15 @@ DEVICES ?= 8
 ROUNDS ?= 6
 EPSILON ?= 8
 OUT ?= demo-out
+# How long processes are killed.
+MINUTES ?= 30
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench soak clean
 
 demo: $(VENV)/.server $(VENV)/.broker
 	$(BIN)/fl-server demo --devices $(DEVICES) --rounds $(ROUNDS) --epsilon $(EPSILON) --out $(OUT)
 
-test: $(VENV)/.dev $(VENV)/.broker
+test: $(VENV)/.dev $(VENV)/.broker $(VENV)/.proxy
 	$(BIN)/pytest
 
 check: $(VENV)/.dev
@@ -26,11 +28,14 @@ check: $(VENV)/.dev
 	$(BIN)/deptry .
 	$(BIN)/codespell
 
-bench: $(VENV)/.dev $(VENV)/.broker
+bench: $(VENV)/.dev $(VENV)/.broker $(VENV)/.proxy
 	$(BIN)/python -m tests.bench --out bench.json
 
+soak: $(VENV)/.dev $(VENV)/.broker
+	$(BIN)/python -m tests.bench.soak --minutes $(MINUTES) --out soak.json
+
 clean:
-	rm -rf $(VENV) demo-out bench.json
+	rm -rf $(VENV) demo-out bench.json soak.json
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +53,9 @@ $(VENV)/.dev: pyproject.toml deploy/constraints.txt | $(BIN)/python
 	@$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.server
 
-$(VENV)/.broker: deploy/broker/get-mosquitto.sh | $(BIN)/python
+$(VENV)/.broker: deploy/broker/get-mosquitto.sh deploy/unpack-program.sh | $(BIN)/python
 	@sh deploy/broker/get-mosquitto.sh $(VENV)/mosquitto
 	@touch $@
+
+$(VENV)/.proxy: deploy/server/get-nginx.sh deploy/unpack-program.sh | $(BIN)/python
+	@if sh deploy/server/get-nginx.sh $(VENV)/nginx; then touch $@; else echo "no nginx: what needs it is skipped"; fi

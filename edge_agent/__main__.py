@@ -45,6 +45,15 @@ def run(options: argparse.Namespace) -> None:
     run_agent(load_agent_settings(options.config))
 
 
+def enroll(options: argparse.Namespace) -> None:
+    """Make this machine a device, with a token of the operator."""
+    from edge_agent.enrolment import enroll as enroll_here
+
+    given: str = options.token
+    device_id = enroll_here(options.server, sys.stdin.read() if given == "-" else given, options.out)
+    print(f"this machine is {device_id}; start it with edge-agent run --config {options.out / CONFIG_PATH}")
+
+
 def serve(options: argparse.Namespace) -> None:
     """Serve one model version, without broker or federation."""
     from edge_agent.serving import ServeOptions, serve_version
@@ -174,6 +183,19 @@ def infer(options: argparse.Namespace) -> None:
         print(f"{summary.rows} rows of {options.input} are answered in {summary.output}")
 
 
+def doctor(options: argparse.Namespace) -> None:
+    """Test what this device needs, and say what to do."""
+    from datetime import UTC, datetime
+
+    from edge_agent.doctor import examine
+    from models.doctor.findings import describe, find_failures
+
+    findings = examine(options.config, now=datetime.now(UTC))
+    print(describe(findings, as_json=options.json))
+    if failures := find_failures(findings):
+        raise AgentError(failures)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="edge-agent", description="Serves a model on this device and trains it in private."
@@ -181,7 +203,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     serving = _add_command(commands, run)
     serving.add_argument("--config", type=Path, default=CONFIG_PATH, metavar="FILE", help="default: %(default)s")
+    _describe_enroll(_add_command(commands, enroll))
     _describe_serve(_add_command(commands, serve))
+    examining = _add_command(commands, doctor)
+    examining.add_argument("--config", type=Path, default=CONFIG_PATH, metavar="FILE", help="default: %(default)s")
+    examining.add_argument("--json", action="store_true", help="print JSON")
     for command in (status, predict, infer, ingest, feedback, forget, privacy):
         asking = _add_command(commands, command)
         asking.add_argument("--config", type=Path, metavar="FILE", help=f"default: {CONFIG_PATH}")
@@ -208,6 +234,14 @@ def build_parser() -> argparse.ArgumentParser:
             asking.add_argument("file", type=Path, metavar="FILE", help="*.csv, *.jsonl, *.parquet or *.npz")
             asking.add_argument("--target", metavar="COLUMN", help="default: y, or the last column of a CSV file")
     return parser
+
+
+def _describe_enroll(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--server", required=True, metavar="HOST:PORT", help="of the coordinator's proxy; default port: 9444"
+    )
+    parser.add_argument("--token", required=True, metavar="T", help="what fl-server token printed; - for stdin")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty; holds private keys then")
 
 
 def _describe_serve(parser: argparse.ArgumentParser) -> None:

@@ -25,26 +25,30 @@ from edge_agent.http.app import App, Device
 from edge_agent.http.guard import TOKEN_NAME, load_token
 from edge_agent.http.samples import parse_samples
 from edge_agent.http.server import bind_sockets
-from edge_agent.inference.rehearsal import Rehearsal
 from edge_agent.inference.sandbox import Pace, try_in_sandbox
 from edge_agent.link.mqtt import Broker, Link
 from edge_agent.lock import holding_lock
 from edge_agent.model_server import ModelServer
 from edge_agent.monitor.telemetry import read_rss_mb
 from edge_agent.owner import OwnerStatus, load_privacy_report
+from edge_agent.renewal import keep_renewed
 from edge_agent.reporter import Reporter
 from edge_agent.samples.sensor import SensorFeed
 from edge_agent.traits import find_traits
 from edge_agent.updates.challenger_slot import Challenger
 from edge_agent.updates.installer import Updater
+from edge_agent.updates.probation import Rehearsal
 from edge_agent.updates.settings import UpdaterSettings
+from edge_agent.updates.told_floors import TOLD_NAME
 from edge_agent.updates.verifier import verify_offer
 from edge_agent.updates.watch import OfferWatch
 from edge_agent.wake import TrainingDesk
 from models.contract.encoding import parse_json
 from models.contract.errors import ContractError, MalformedError
+from models.contract.floors import FLOORS_NAME
 from models.contract.manifest import ModelManifest
 from models.contract.messages import MESSAGE_MAX_BYTES, Ack, EventKind
+from models.contract.service import READY, STOPPING, feed_watchdog, notify
 from models.contract.settings import SettingsError
 from models.contract.terms import ProbationRules
 from models.contract.topics import Channel, build_device_topic, build_offer_topic
@@ -63,6 +67,11 @@ def run_agent(settings: AgentSettings) -> None:
         AgentError: The agent cannot go on.
     """
     forbid_core_dumps()
+    try:
+        if settings.broker_identity is not None:
+            settings.broker_identity.build_context()
+    except OSError as error:
+        raise SettingsError(f"[identity] {error}") from error
     try:
         root = settings.tuf_root_path.read_bytes()
         settings.state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
@@ -103,7 +112,12 @@ class Agent:
         )
         self._updater = Updater(
             self._describe_updates(),
-            open_offer=partial(verify_offer, root=root, trust_dir=settings.state_dir / "tuf"),
+            open_offer=partial(
+                verify_offer,
+                root=root,
+                trust_dir=settings.state_dir / "tuf",
+                told=(settings.tuf_root_path.with_name(FLOORS_NAME), settings.state_dir / TOLD_NAME),
+            ),
             reader=self._link,
             check_version=self._check_version,
             open_rehearsal=self._open_rehearsal,
@@ -128,10 +142,12 @@ class Agent:
             ("outbox", self._keep_outbox),
             ("model", self._load_active),
             ("http", self._start_http),
+            ("readiness", self._tell_ready),
             ("challenger", self._start_owners_challenger),
             ("retention", self._start_retention),
             ("sensor", self._start_sensor),
             ("link", self._start_link),
+            ("renewal", self._start_renewal),
             ("updates", self._start_updates),
             ("training", self._prepare_training),
             ("telemetry", self._start_telemetry),
@@ -142,6 +158,7 @@ class Agent:
                 await step(stack)
             log.info("%s serves on %s:%d", self._settings.device_id, self._settings.http.host, self._settings.http.port)
             await self._stopped.wait()
+            notify(STOPPING)
             log.info("stopping")
 
     # Steps
@@ -168,6 +185,10 @@ class Agent:
         answering = self._server.answer(app, self._sockets, on_end=self._stopped.set, grpc_address=address)
         await stack.enter_async_context(answering)
 
+    async def _tell_ready(self, stack: contextlib.AsyncExitStack) -> None:
+        _start_task(stack, feed_watchdog())
+        notify(READY)
+
     async def _start_owners_challenger(self, stack: contextlib.AsyncExitStack) -> None:
         if self._settings.serving.challenger is not None:
             _start_task(stack, asyncio.to_thread(self._serve_owners, self._settings.serving.challenger))
@@ -181,6 +202,10 @@ class Agent:
 
     async def _start_link(self, stack: contextlib.AsyncExitStack) -> None:
         _start_task(stack, self._link.run())
+
+    async def _start_renewal(self, stack: contextlib.AsyncExitStack) -> None:
+        if self._settings.renewal is not None and self._settings.identity is not None:
+            _start_task(stack, keep_renewed(self._settings.identity, self._settings.renewal.server))
 
     async def _start_updates(self, stack: contextlib.AsyncExitStack) -> None:
         stack.push_async_callback(self._updater.close)
@@ -224,7 +249,9 @@ class Agent:
         current = self._updater.current()
         if current is None:
             raise TransientError("no version serves that another one could be compared with")
-        return Rehearsal(self._engine, directory, champion_dir=current.directory, rules=rules, on_failed=on_failed)
+        from edge_agent.inference.rehearsal import Rehearsal as InShadow  # memory that few releases ask for
+
+        return InShadow(self._engine, directory, champion_dir=current.directory, rules=rules, on_failed=on_failed)
 
     def _load_again(self) -> None:
         current = self._updater.current()
@@ -308,6 +335,7 @@ class Agent:
             client_id=settings.device_id,
             keepalive_s=settings.broker.keepalive_s,
             subscriptions=tuple(filter(None, (self._offer_topic, self._command_topic, self._ack_topic, sensor))),
+            identity=settings.broker_identity,
         )
 
     def _describe_updates(self) -> UpdaterSettings:

@@ -5,6 +5,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
+from models.contract.identity import Identity
 from models.contract.settings import load_settings
 from models.contract.topics import PREFIX, check_name
 
@@ -41,11 +42,16 @@ class GrpcSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerSettings:
-    """The MQTT 5 broker of the fleet."""
+    """The MQTT 5 broker of the fleet.
+
+    Attributes:
+        tls: Whether it is spoken to over TLS with the device's identity; None where there is one.
+    """
 
     host: str = "127.0.0.1"
-    port: int = 1883
+    port: int = 8883
     keepalive_s: int = 30
+    tls: bool | None = None
 
     def __post_init__(self) -> None:
         _check_port(self.port, "broker.port")
@@ -77,13 +83,14 @@ class FederationSettings:
     """Where and as whom the device trains.
 
     Attributes:
+        ca_path: Certificate authority of the SuperLink, PEM; None for that of [identity].
         definition: `FILE.py:NAME` of the model's definition, the owner's own code, which the training process runs for
             a version that trains with the Opacus engine; None refuses to train such a version.
     """
 
     superlink: str
-    ca_path: Path
     node_key_path: Path
+    ca_path: Path | None = None
     definition: Path | None = None
 
     def __post_init__(self) -> None:
@@ -91,10 +98,17 @@ class FederationSettings:
             file, _, name = str(self.definition).rpartition(":")
             if not file.endswith(".py") or not name.isidentifier():
                 raise ValueError(f"federation.definition is '{self.definition}', must be FILE.py:NAME")
-        host, _, port = self.superlink.rpartition(":")
-        if not host or not port.isdecimal():
-            raise ValueError(f"federation.superlink is {self.superlink!r}, must be HOST:PORT")
-        _check_port(int(port), "federation.superlink")
+        _check_address(self.superlink, "federation.superlink")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenewalSettings:
+    """Where the device's certificate is renewed before it ends; `server` is HOST:PORT of the proxy."""
+
+    server: str
+
+    def __post_init__(self) -> None:
+        _check_address(self.server, "renewal.server")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,6 +275,8 @@ class AgentSettings:
         model: The one model it serves.
         state_dir: Everything it keeps; made on the first start.
         tuf_root_path: The root of trust that enrolment put there.
+        identity: Who it is to broker and proxy, as enrolment wrote it; None where the broker is on the loopback.
+        renewal: None for a certificate that somebody else renews.
         grpc: None for a device that answers over HTTP only.
         federation: None for a device that only serves.
         region: Which releases may ask for; "" for none.
@@ -273,6 +289,8 @@ class AgentSettings:
     tuf_root_path: Path
     region: str = ""
     http: HttpSettings = field(default_factory=HttpSettings)
+    identity: Identity | None = None
+    renewal: RenewalSettings | None = None
     grpc: GrpcSettings | None = None
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     updates: UpdateSettings = field(default_factory=UpdateSettings)
@@ -288,11 +306,34 @@ class AgentSettings:
                 f"samples.mqtt_topic: broker.host is {self.broker.host!r}, must be one of {', '.join(_LOOPBACK)}: "
                 "samples do not cross a network"
             )
+        if self.broker.tls and self.identity is None:
+            raise ValueError("broker.tls needs a section [identity]: ca_path, cert_path, key_path")
+        if self.broker_identity is None and self.broker.host not in _LOOPBACK:
+            raise ValueError(
+                f"broker.host is {self.broker.host!r:.80}, must be one of {', '.join(_LOOPBACK)} without TLS, "
+                "which needs a section [identity]"
+            )
+        if self.federation and self.federation.ca_path is None and self.identity is None:
+            raise ValueError("[federation] needs a section [identity], or its own ca_path")
+        if self.renewal and self.identity is None:
+            raise ValueError("[renewal] needs a section [identity]: ca_path, cert_path, key_path")
         check_name(self.device_id, "device_id")
         check_name(self.fleet, "fleet")
         check_name(self.model, "model")
         if self.region:
             check_name(self.region, "region")
+
+    @property
+    def broker_identity(self) -> Identity | None:
+        """What the broker is shown; None to speak to it without TLS."""
+        return None if self.broker.tls is False else self.identity
+
+    @property
+    def superlink_ca_path(self) -> Path | None:
+        """Certificate authority of the SuperLink; None for a device that only serves."""
+        if self.federation is None:
+            return None
+        return self.federation.ca_path or (self.identity.ca_path if self.identity else None)
 
     @property
     def uds_path(self) -> Path:
@@ -311,6 +352,13 @@ class AgentSettings:
 def load_agent_settings(path: Path) -> AgentSettings:
     """Return the settings in the TOML file at `path`; raises SettingsError."""
     return load_settings(path, AgentSettings, prefix="EDGE_AGENT")
+
+
+def _check_address(address: str, key: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"{key} is {address!r}, must be HOST:PORT")
+    _check_port(int(port), key)
 
 
 def _check_port(port: int, key: str) -> None:

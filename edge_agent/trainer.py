@@ -31,6 +31,7 @@ from edge_agent.training.session import TrainingSession
 from edge_agent.training.step import Step, open_step
 from edge_agent.training.updates import UpdateStore
 from models.contract.errors import ContractError
+from models.contract.identity import Identity
 from models.contract.manifest import MANIFEST_NAME, ModelManifest, parse_manifest
 from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit
 from models.tensors.layout import Vector
@@ -109,12 +110,19 @@ def train(job: TrainingJob, *, report: Callable[[TrainingEvent], None]) -> None:
             superlink=job.superlink,
             ca_path=Path(job.ca_path),
             node_key_path=Path(job.node_key_path),
+            identity=_build_identity(job),
             poll_interval_s=job.poll_interval_s,
             idle_timeout_s=job.idle_timeout_s,
             handle=session.handle,
             on_joined=lambda: report(_build_joined(ledger, job.run)),
         )
     report(TrainingEvent(event="ended", message=f"no message of run {job.run!r} for {job.idle_timeout_s:g} s"))
+
+
+def _build_identity(job: TrainingJob) -> Identity | None:
+    if job.cert_path is None or job.key_path is None:
+        return None
+    return Identity(ca_path=Path(job.ca_path), cert_path=Path(job.cert_path), key_path=Path(job.key_path))
 
 
 def _build_joined(ledger: Ledger, run: str) -> TrainingEvent:

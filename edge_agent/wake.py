@@ -13,6 +13,7 @@ from edge_agent.reporter import Reporter
 from edge_agent.training.job import TrainingJob, build_job, parse_event
 from edge_agent.training.supervisor import Supervisor
 from edge_agent.updates.installer import Updater
+from edge_agent.updates.told_floors import TOLD_NAME, keep_told
 from models.contract.errors import EnvelopeError, MalformedError
 from models.contract.messages import EventKind
 
@@ -81,10 +82,14 @@ class TrainingDesk:
             fleet=self._settings.fleet,
             device_id=self._settings.device_id,
         )
-        return gate.accept(payload, now_s=time.time())
+        command = gate.accept(payload, now_s=time.time())
+        if command.floors is not None:
+            keep_told(self._settings.state_dir / TOLD_NAME, command.floors)
+        return command
 
     def _build_job(self, command: "WakeCommand") -> TrainingJob:
         settings, federation, version = self._settings, self._settings.federation, self._updater.current()
+        identity = settings.identity
         if federation is None:
             raise StalledError("this device only serves: its configuration has no [federation]")
         if command.model != settings.model:
@@ -99,8 +104,10 @@ class TrainingDesk:
             graph_dir=str(version.directory),
             coordinator_key_pem=self._updater.coordinator_key_path.read_text(encoding="ascii"),
             superlink=federation.superlink,
-            ca_path=str(federation.ca_path),
+            ca_path=str(settings.superlink_ca_path),
             node_key_path=str(federation.node_key_path),
+            cert_path=None if identity is None else str(identity.cert_path),
+            key_path=None if identity is None else str(identity.key_path),
             definition=None if federation.definition is None else str(federation.definition),
             samples_path=str(settings.samples_path),
             samples_key=self._load_samples_key().hex(),

@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_init(subparsers)
     _add_run(subparsers)
     _add_enroll(subparsers)
+    _add_token(subparsers)
     _add_revoke(subparsers)
     _add_devices(subparsers)
     _add_package(subparsers)
@@ -37,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_keys(subparsers)
     _add_train(subparsers)
     _add_simulate(subparsers)
+    _add_doctor(subparsers)
     _add_demo(subparsers)
     return parser
 
@@ -81,7 +83,10 @@ def _add_init(subparsers: _Subparsers) -> None:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="where devices reach this machine (default: 127.0.0.1); is in the certificate",
+        help="where devices reach this machine (default: 127.0.0.1); is in the certificates",
+    )
+    parser.add_argument(
+        "--broker-port", type=int, default=8883, metavar="N", help="where the broker listens (default: %(default)s)"
     )
     parser.set_defaults(execute=commands.run_init)
 
@@ -99,8 +104,21 @@ def _add_enroll(subparsers: _Subparsers) -> None:
     parser.set_defaults(execute=commands.run_enroll)
 
 
+def _add_token(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "token", "print a word with which a machine makes itself a device, once")
+    parser.add_argument("device_id", metavar="DEVICE_ID", help="its name in topics: A-Z a-z 0-9 . _ -")
+    parser.add_argument("--model", metavar="NAME", help="what it serves (default: the only model configured)")
+    parser.add_argument("--hours", type=float, default=24.0, metavar="H", help="until it expires (default: 24)")
+    parser.add_argument(
+        "--again", action="store_true", help="the device is enrolled already: it gets new keys, and keeps what it spent"
+    )
+    parser.set_defaults(execute=commands.run_token)
+
+
 def _add_revoke(subparsers: _Subparsers) -> None:
-    parser = _add_with_config(subparsers, "revoke", "exclude a device from every run to come, and ignore what it says")
+    parser = _add_with_config(
+        subparsers, "revoke", "shut a device out: of every run to come and, within a minute, of the broker"
+    )
     parser.add_argument("device_id", metavar="DEVICE_ID", help="its name in topics: A-Z a-z 0-9 . _ -")
     parser.set_defaults(execute=commands.run_revoke)
 
@@ -109,6 +127,12 @@ def _add_devices(subparsers: _Subparsers) -> None:
     parser = _add_with_config(subparsers, "devices", "list the devices and what they last said")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.set_defaults(execute=commands.run_devices)
+
+
+def _add_doctor(subparsers: _Subparsers) -> None:
+    parser = _add_with_config(subparsers, "doctor", "test what the coordinator needs, and say what to do")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.set_defaults(execute=commands.run_doctor)
 
 
 def _add_package(subparsers: _Subparsers) -> None:
@@ -190,6 +214,9 @@ def _add_keys(subparsers: _Subparsers) -> None:
     rotate.set_defaults(execute=key_commands.run_rotate)
     renew = _add(actions, "renew", "sign again: what expires soon, or the roles named")
     renew.add_argument("roles", nargs="*", metavar="ROLE", help="of fl-server keys")
+    renew.add_argument(
+        "--restored", action="store_true", help="after a restore: with versions above all that devices saw"
+    )
     renew.set_defaults(execute=key_commands.run_renew)
     for action in (rotate, renew):  # what stands before the action holds, too
         action.add_argument(

@@ -8,10 +8,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TextIO
 
-from fl_server.config import ServerSettings, load_server_settings
+from fl_server.config import ServerSettings, find_missing, load_server_settings
 from fl_server.directory import Directory
 from fl_server.errors import ServerError, UsageError
-from fl_server.fleet.enrolment import Federation, enroll_device
+from fl_server.fleet.enrolment import enroll_device, issue_token
 from fl_server.fleet.roster import Device, Roster
 from fl_server.jobs import (
     Job,
@@ -37,13 +37,16 @@ POLL_INTERVAL_S = 0.2  # of a job that is followed
 def run_init(arguments: Namespace) -> None:
     from fl_server.initialise import initialise
 
-    initialise(arguments.directory, fleet=arguments.fleet, host=arguments.host)
+    initialise(arguments.directory, fleet=arguments.fleet, host=arguments.host, broker_port=arguments.broker_port)
     config_path = Directory(arguments.directory).config_path
     print(f"created {config_path}; add a [models.NAME] section, then: fl-server run --config {config_path}")
 
 
 def run_coordinator(arguments: Namespace) -> None:
     settings, directory = load(arguments)
+    for model in settings.models:
+        if missing := find_missing(settings, model, directory.path):
+            raise UsageError(f"{missing[0]}: missing or unreadable")
     with holding_lock(directory.lock_path):
         from fl_server.coordinator import run
 
@@ -51,27 +54,50 @@ def run_coordinator(arguments: Namespace) -> None:
 
 
 def run_enroll(arguments: Namespace) -> None:
-    from fl_server.rollout.repository import ReleaseRepository
+    from fl_server.authority import Authority
+    from fl_server.enrolment_desk import load_federation
 
     settings, directory = load(arguments)
-    federation = Federation(
-        fleet=settings.fleet,
-        broker_host=settings.broker.host,
-        broker_port=settings.broker.port,
-        superlink=settings.superlink.address,
-        ca=directory.ca_path.read_bytes(),
-        tuf_root=ReleaseRepository(directory).load_root(),
-    )
+    federation = load_federation(settings, directory)
     model = arguments.model or _get_only_model(settings)
     with Roster(directory.database_path) as roster:
-        enroll_device(roster, federation, device_id=arguments.device_id, model=model, out_dir=arguments.out)
+        authority = Authority(directory.ca_dir)
+        enroll_device(roster, authority, federation, device_id=arguments.device_id, model=model, out_dir=arguments.out)
     print(f"enrolled {arguments.device_id}; move {arguments.out} to the device, it holds the device's private key")
 
 
+def run_token(arguments: Namespace) -> None:
+    settings, directory = load(arguments)
+    if not settings.proxy.used:
+        raise UsageError("proxy.used is false: nothing takes a token here; enrol the device with fl-server enroll")
+    if not 0 < arguments.hours <= 24 * 31:
+        raise UsageError(f"--hours is {arguments.hours:g}, must be in (0, 744]")
+    model = arguments.model or _get_only_model(settings)
+    with Roster(directory.database_path) as roster:
+        token = issue_token(
+            roster,
+            directory.ca_path.read_bytes(),
+            device_id=arguments.device_id,
+            model=model,
+            lifetime_s=arguments.hours * 3600,
+            again=arguments.again,
+        )
+    server = f"{settings.proxy.host}:{settings.proxy.enrolment_port}"
+    _say(f"on the device, within {arguments.hours:g} hours: edge-agent enroll --server {server} --out DIR --token ...")
+    if not arguments.again:
+        _say(
+            "a device that was in this fleet before keeps its id (--again): under a new one its budget would start anew"
+        )
+    print(token)
+
+
 def run_revoke(arguments: Namespace) -> None:
+    from fl_server.authority import Authority
+
     _, directory = load(arguments)
     with Roster(directory.database_path) as roster:
         roster.revoke(arguments.device_id)
+        Authority(directory.ca_dir).save_crl(item.serial for item in roster.list_revoked_certificates())
     print(f"revoked {arguments.device_id}")
 
 
@@ -89,6 +115,18 @@ def run_devices(arguments: Namespace) -> None:
         print(
             f"{row['device']:<24} {row['state']:<8} {row['model'] or '-':<16} {version:>7} {row['update'] or '-':<9} {trains}"
         )
+
+
+def run_doctor(arguments: Namespace) -> None:
+    from datetime import UTC, datetime
+
+    from fl_server.doctor import examine
+    from models.doctor.findings import describe, find_failures
+
+    findings = examine(arguments.config, now=datetime.now(UTC))
+    print(describe(findings, as_json=arguments.json))
+    if failures := find_failures(findings):
+        raise ServerError(failures)
 
 
 def run_package(arguments: Namespace) -> None:

@@ -1,5 +1,6 @@
 """Configuration of a coordinator: `fl-server.toml`, environment variables `FL_SERVER_…` over it."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,33 +10,88 @@ from models.contract.topics import check_name
 
 CONFIG_NAME = "fl-server.toml"
 PREFIX = "FL_SERVER"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerSettings:
-    """Where the MQTT broker listens, for the coordinator and for devices alike."""
+    """Where the MQTT broker listens, for the coordinator and for devices alike.
+
+    Attributes:
+        tls: Whether it asks for certificates.
+        ca_path: The authority that the broker's certificate comes from, PEM; the federation's own where None.
+        cert_path: The coordinator's certificate; that in the federation's `ca/` where None, and so is `key_path`.
+        revocation_interval_s: After how long, at most, the broker learns of a device that was revoked.
+    """
 
     host: str = "127.0.0.1"
-    port: int = 1883
+    port: int = 8883
+    tls: bool = True
+    ca_path: Path | None = None
+    cert_path: Path | None = None
+    key_path: Path | None = None
+    revocation_interval_s: float = 10.0
 
     def __post_init__(self) -> None:
+        if not self.tls and self.host not in LOOPBACK:
+            raise ValueError(
+                f"broker.tls is false and broker.host {self.host!r:.80}: without TLS a broker may only be on "
+                f"{', '.join(LOOPBACK)}"
+            )
+        if (self.cert_path is None) != (self.key_path is None):
+            raise ValueError("broker.cert_path and broker.key_path belong together")
+        if not 0 < self.revocation_interval_s <= 30:  # two of them, and the connection, within a minute
+            raise ValueError(f"broker.revocation_interval_s is {self.revocation_interval_s}, must be in (0, 30]")
         _check_address(self.host, self.port)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuperLinkSettings:
-    """Where the coordinator starts Flower's SuperLink, and where devices find it."""
+    """Where the coordinator starts Flower's SuperLink; devices reach it through the proxy."""
 
     host: str = "127.0.0.1"
     port: int = 9092
 
     def __post_init__(self) -> None:
         _check_address(self.host, self.port)
+        if self.host not in LOOPBACK:
+            raise ValueError(
+                f"superlink.host is {self.host!r:.80}, must be one of {', '.join(LOOPBACK)}: its Control API asks nobody "
+                "who they are, so devices come through the proxy; leave the key out, and name this machine in proxy.host"
+            )
 
     @property
     def address(self) -> str:
-        """Host and port, as devices dial it."""
+        """Host and port, as this machine dials it."""
         return f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxySettings:
+    """Where nginx listens for devices, as `proxy/nginx.conf` says, too.
+
+    Attributes:
+        used: Whether devices come through it; false for devices on this machine only, which dial the SuperLink.
+        host: Where devices reach this machine.
+        port: For devices with a certificate.
+        enrolment_port: For devices that have only a token yet.
+        coordinator_port: Where the coordinator takes enrolments and renewals from it, on the loopback.
+    """
+
+    used: bool = True
+    host: str = "127.0.0.1"
+    port: int = 9443
+    enrolment_port: int = 9444
+    coordinator_port: int = 9093
+
+    def __post_init__(self) -> None:
+        for port in (self.port, self.enrolment_port, self.coordinator_port):
+            _check_address(self.host, port)
+        if not self.used and self.host not in LOOPBACK:
+            raise ValueError(
+                f"proxy.used is false and proxy.host {self.host!r:.80}: without the proxy devices may only be on this "
+                "machine"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +149,7 @@ class ServerSettings:
     fleet: str
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     superlink: SuperLinkSettings = field(default_factory=SuperLinkSettings)
+    proxy: ProxySettings = field(default_factory=ProxySettings)
     rounds: RoundsSettings = field(default_factory=RoundsSettings)
     models: dict[str, ModelSettings] = field(default_factory=dict)
 
@@ -100,6 +157,11 @@ class ServerSettings:
         check_name(self.fleet, "fleet")
         for name in self.models:
             check_name(name, "model")
+
+    @property
+    def fleet_address(self) -> str:
+        """Host and port where devices find the SuperLink."""
+        return f"{self.proxy.host}:{self.proxy.port}" if self.proxy.used else self.superlink.address
 
 
 def load_server_settings(path: Path) -> ServerSettings:
@@ -122,6 +184,20 @@ def resolve_definition(settings: ServerSettings, model: str, directory: Path) ->
         raise SettingsError(f"{directory / CONFIG_NAME}: no section [models.{model}]; models here: {known}")
     source, name = settings.models[model].definition.rsplit(":", 1)
     return f"{directory / source}:{name}" if source.endswith(".py") else f"{source}:{name}"
+
+
+def find_missing(settings: ServerSettings, model: str, directory: Path) -> list[str]:
+    """Return the keys of `model` that name a file which cannot be read, each with its file."""
+    section = settings.models[model]
+    source = resolve_definition(settings, model, directory).rsplit(":", 1)[0]
+    named = {"validation": section.validation, "calibration": section.calibration}
+    if source.endswith(".py"):
+        named["definition"] = Path(source)
+    return [
+        f"models.{model}.{key}: {path}"
+        for key, path in named.items()
+        if path and not (path.is_file() and os.access(path, os.R_OK))
+    ]
 
 
 def _check_address(host: str, port: int) -> None:

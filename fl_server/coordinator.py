@@ -6,7 +6,10 @@ messages    what the fleet says, onto the roster; retained state again after a r
 jobs        what operators ask for, one at a time
 runs        training that operators ask for, one run at a time, whatever else is asked meanwhile
 rollouts    versions that come in waves: grown by their rate, ended by what devices report
+revoked     shut out of the broker, and of every server that reads the list of revoked certificates
 metadata    what is signed, signed again before it expires, and published if the broker lacks it
+enrolment   what devices ask for through the proxy: their first certificate, and the next
+watchdog    tells systemd, where it started this service, that the loop turns
 """
 
 import asyncio
@@ -21,9 +24,13 @@ from functools import partial
 from pathlib import Path
 
 from fl_server.announcer import Announcer
+from fl_server.authority import Authority
 from fl_server.config import ServerSettings
+from fl_server.console.http import answering
 from fl_server.directory import Directory
+from fl_server.enrolment_desk import EnrolmentDesk, build_server_context, load_federation
 from fl_server.errors import RunError, ServerError
+from fl_server.fleet.lockout import Lockout
 from fl_server.fleet.mqtt import Connected, Disconnected, FromDevice, Link, LinkError
 from fl_server.fleet.roster import Roster, RosterError
 from fl_server.jobs import (
@@ -42,6 +49,7 @@ from fl_server.orders import Orders
 from fl_server.release import PUBLISH_ERRORS, ReleaseResult, Releases
 from fl_server.rollout.keys import load_key
 from fl_server.rollout.records import RolloutRecords
+from fl_server.rollout.repository import ReleaseRepository
 from fl_server.rollout_status import RolloutStatus
 from fl_server.rollouts import Rollouts
 from fl_server.spent import recover_spent
@@ -49,7 +57,10 @@ from fl_server.superlink import SuperLink, check_port_free
 from fl_server.training_run import RunResult, Services, TrainingRun
 from models.contract.encoding import build_json
 from models.contract.errors import ContractError
+from models.contract.identity import Identity
 from models.contract.messages import Ack, Event, Status, Telemetry
+from models.contract.service import READY, STOPPING, feed_watchdog, notify
+from models.contract.settings import SettingsError
 from models.contract.topics import Channel, build_device_topic
 
 logger = logging.getLogger(__name__)
@@ -65,6 +76,7 @@ def run(settings: ServerSettings, directory: Directory) -> None:
     """Run until SIGTERM or SIGINT; its children end with it.
 
     Raises:
+        SettingsError: A certificate that it needs cannot be used.
         ServerError: It cannot start, or a step failed for good.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -72,19 +84,41 @@ def run(settings: ServerSettings, directory: Directory) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # dp-accounting tells each RDP order that it leaves out
     path = directory.database_path
     with Roster(path) as roster, Jobs(path) as jobs, RolloutRecords(path) as records:
+        identity = _load_identity(settings, directory)
         check_port_free(settings.superlink)
         recover_spent(roster, directory.runs_dir)
-        asyncio.run(_serve(settings, directory, roster, jobs, records))
+        asyncio.run(_serve(settings, directory, roster, jobs, records, identity))
+
+
+def _load_identity(settings: ServerSettings, directory: Directory) -> Identity | None:
+    identity = directory.describe_coordinator(settings.broker)
+    try:
+        if identity is not None:
+            identity.build_context()
+    except OSError as error:
+        raise SettingsError(f"broker.tls: {error}") from error
+    return identity
 
 
 async def _serve(
-    settings: ServerSettings, directory: Directory, roster: Roster, jobs: Jobs, records: RolloutRecords
+    settings: ServerSettings,
+    directory: Directory,
+    roster: Roster,
+    jobs: Jobs,
+    records: RolloutRecords,
+    identity: Identity | None,
 ) -> None:
     loop, main = asyncio.get_running_loop(), asyncio.current_task()
     assert main is not None
+
+    def end() -> None:
+        notify(STOPPING)
+        main.cancel()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, main.cancel)
-    async with Link(host=settings.broker.host, port=settings.broker.port, fleet=settings.fleet) as link:
+        loop.add_signal_handler(number, end)
+    broker = settings.broker
+    async with Link(host=broker.host, port=broker.port, fleet=settings.fleet, identity=identity) as link:
         coordinator = Coordinator(settings, directory, roster, jobs, records, link)
         try:
             async with asyncio.TaskGroup() as steps:
@@ -111,10 +145,21 @@ class Coordinator:
     ) -> None:
         self._settings, self._roster, self._jobs, self._link = settings, roster, jobs, link
         self._superlink = SuperLink(settings.superlink, directory, roster)
+        self._directory, authority = directory, Authority(directory.ca_dir)
+        self._desk = EnrolmentDesk(roster, authority, partial(load_federation, settings, directory))
+        self._lockout = Lockout(
+            settings.broker,
+            roster,
+            authority,
+            servers=directory.pid_paths,
+            ca_path=settings.broker.ca_path or directory.ca_path,
+        )
         self._releases = Releases(settings, directory, link.publish)
         self._rollouts = Rollouts(directory, records, roster, self._releases, time.time)
         orders = Orders(fleet=settings.fleet, key=load_key(directory.order_key_path))
-        self._announcer = Announcer(link, orders, roster, settings.rounds)
+        self._announcer = Announcer(
+            link, orders, roster, settings.rounds, load_floors=ReleaseRepository(directory).build_floors
+        )
         self._services = Services(
             settings=settings,
             directory=directory,
@@ -135,8 +180,19 @@ class Coordinator:
             "jobs": partial(self._work, trains=False),
             "runs": partial(self._work, trains=True),
             "rollouts": self._keep_rollouts,
+            "revoked": self._lockout.keep_out,
             "metadata": self._keep_published,
+            **({"enrolment": self._take_enrolments} if self._settings.proxy.used else {}),
+            "watchdog": feed_watchdog,
         }
+
+    async def _take_enrolments(self) -> None:
+        port = self._settings.proxy.coordinator_port
+        try:
+            async with answering(port, build_server_context(self._directory), self._desk.decide):
+                await asyncio.Event().wait()
+        except OSError as error:
+            raise ServerError(f"proxy.coordinator_port: cannot listen on 127.0.0.1:{port}: {error.strerror}") from error
 
     async def _keep_registered(self) -> None:
         is_first = True  # the SuperLink's database may be a new one
@@ -145,6 +201,8 @@ class Coordinator:
                 members = [device for device in self._roster.list_devices() if device.revoked_at is None]
                 if is_first or any(device.node_id is None for device in members):
                     await self._superlink.register_devices()
+                    if is_first:
+                        notify(READY)  # the SuperLink answers, and the other steps have begun
                     is_first = False
                 await self._superlink.unregister_revoked()
             except (RunError, sqlite3.Error) as error:

@@ -1,11 +1,16 @@
 """`fl-server keys`: who signs what, replacing keys, renewing what is kept offline."""
 
 from argparse import Namespace
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fl_server.commands import load_directory
 from fl_server.errors import UsageError
+
+if TYPE_CHECKING:
+    from fl_server.rollout.repository import ReleaseRepository
 
 ORDERS = "orders"  # no role of the repository: its public key is a target of "releases"
 ROTATABLE = ("root", "targets", "graphs", "releases", "snapshot", "timestamp", ORDERS)
@@ -56,7 +61,9 @@ def run_renew(arguments: Namespace) -> None:
     if unknown := set(arguments.roles) - set(ROLES):
         raise UsageError(f"{', '.join(sorted(unknown))}: no role; roles are {', '.join(ROLES)}")
     repository, now = ReleaseRepository(load_directory(arguments), arguments.keys), datetime.now(UTC)
-    if arguments.roles:
+    if arguments.restored:
+        _outrun(repository, arguments.roles, now)
+    elif arguments.roles:
         repository.renew(arguments.roles, now=now)
         print(f"signed again: {', '.join(dict.fromkeys(arguments.roles))}")
     elif missing := repository.refresh_expiring(now):
@@ -65,3 +72,13 @@ def run_renew(arguments: Namespace) -> None:
         )
     else:
         print("whatever was to expire soon is signed again")
+
+
+def _outrun(repository: "ReleaseRepository", roles: Sequence[str], now: datetime) -> None:
+    from fl_server.rollout.trust import TARGETS_ROLES
+
+    if "root" in roles:
+        raise UsageError("root: its versions cannot leap; put back the newest *.root.json files of tuf/ instead")
+    chosen = [role for role in TARGETS_ROLES if role in {"releases", *roles}]
+    repository.outrun(chosen, now=now)
+    print(f"signed again, above all that devices saw: {', '.join((*chosen, 'snapshot', 'timestamp'))}")

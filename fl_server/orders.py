@@ -7,6 +7,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fl_server.rounds.run import RunSpec
 from models.contract.envelope import EVERYONE, RunNotice, WakeCommand, build_envelope
+from models.contract.floors import Floors
 from models.contract.ledger import LedgerHead
 
 WAKE_LIFETIME_S = 60  # a device that hears of it later is woken again when it says that it is online
@@ -41,11 +42,18 @@ class Orders:
         )
 
     def build_wake(
-        self, spec: RunSpec, device_id: str, *, poll_interval_s: float, idle_timeout_s: int, ledger: LedgerHead
+        self,
+        spec: RunSpec,
+        device_id: str,
+        *,
+        poll_interval_s: float,
+        idle_timeout_s: int,
+        ledger: LedgerHead,
+        floors: Floors | None,
     ) -> bytes:
         """Return the command that lets a device start its training process for the run.
 
-        `ledger` is the copy of the device's, which one that was reinstalled needs.
+        `ledger` is the copy of the device's, which one that was reinstalled needs; so it does `floors`.
         """
         now_s = int(time.time())
         return build_envelope(
@@ -60,6 +68,7 @@ class Orders:
                 poll_interval_ms=math.ceil(1000 * poll_interval_s),
                 idle_timeout_s=idle_timeout_s,
                 ledger=ledger,
+                floors=floors,
             ),
             self._key,
         )

@@ -7,7 +7,7 @@ repeated at any time, so a kill between two of them is made good by the next one
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ from fl_server.errors import ServerError
 from fl_server.fleet.mqtt import LinkError
 from fl_server.packaging.architecture import Architecture
 from fl_server.registry.registry import ModelVersion, Registry
+from fl_server.registry.statements import open_statement_key, write_statements
 from fl_server.rollout.publisher import Publish, Publisher, list_blobs, load_blob
 from fl_server.rollout.records import RolloutRecords
 from fl_server.rollout.repository import ReleaseRepository
@@ -220,6 +221,7 @@ class Releases:
                 rollout = records.find(model)  # after the aliases: one that begins or ends just now is for nobody new
                 terms = {alias: _load_terms(registry, alias, version, rollout) for alias, version in sound.items()}
                 self._repository.set_release(model, manifests, now=now, terms=terms, kept=released.keys() - sound)
+                self._write_statements(sound.values())
                 for version in sound.values():
                     blobs |= list_blobs(version.directory)
                 is_whole = is_whole and sound == released
@@ -230,6 +232,16 @@ class Releases:
             )
             self._expiring = expiring
         return build_offer(self._repository.load_metadata()), blobs, is_whole
+
+    def _write_statements(self, versions: Iterable[ModelVersion]) -> None:
+        """Let every version have its statements; devices fetch none of them, so a full disk holds back no release."""
+        paths = self._directory.statement_key_path, self._directory.statement_public_key_path
+        try:
+            key = open_statement_key(*paths)
+            for version in versions:
+                write_statements(version, key)
+        except (ServerError, OSError) as error:
+            logger.error("statements are not written: %s", error)  # noqa: TRY400
 
 
 def sign_graphs(directory: Directory, version_dir: Path, keys: Sequence[Path]) -> None:

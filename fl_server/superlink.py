@@ -4,13 +4,14 @@ import asyncio
 import logging
 import socket
 import time
+from collections.abc import Mapping
 
 from fl_server.children import keep_running
 from fl_server.config import SuperLinkSettings
 from fl_server.directory import Directory
 from fl_server.errors import RunError
 from fl_server.fleet.roster import Roster
-from fl_server.rounds.flower import SessionLostError, register_nodes, unregister_nodes
+from fl_server.rounds.flower import SessionLostError, register_nodes, unregister_nodes, unregister_others
 from fl_server.rounds.superlink_command import superlink_command
 from models.contract.settings import SettingsError
 
@@ -47,7 +48,7 @@ class SuperLink:
         )
 
     async def register_devices(self) -> None:
-        """Make every enrolled device a node, so that it may join; waits for a SuperLink that is starting.
+        """Make every enrolled device a node, and nobody else; waits for a SuperLink that is starting.
 
         Raises:
             RunError: It does not answer in time.
@@ -58,9 +59,7 @@ class SuperLink:
                 members = [device for device in self._roster.list_devices() if device.revoked_at is None]
                 keys = {device.device_id: device.public_key for device in members}
                 try:
-                    nodes = await asyncio.to_thread(
-                        register_nodes, self._settings.address, self._directory.ca_path, keys
-                    )
+                    nodes = await asyncio.to_thread(self._register, keys)
                     break
                 except SessionLostError as error:
                     if time.monotonic() > deadline:
@@ -70,6 +69,11 @@ class SuperLink:
                 if device.node_id != nodes[device.device_id]:
                     self._roster.save_node_id(device.device_id, nodes[device.device_id])
                     logger.info("%s is node %d", device.device_id, nodes[device.device_id])
+
+    def _register(self, keys: Mapping[str, bytes]) -> dict[str, int]:
+        nodes = register_nodes(self._settings.address, self._directory.ca_path, keys)
+        unregister_others(self._settings.address, self._directory.ca_path, keys.values())
+        return nodes
 
     async def unregister_revoked(self) -> None:
         """Exclude the nodes of revoked devices; done again after any interruption, as the roster says who is left.

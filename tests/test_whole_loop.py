@@ -27,6 +27,7 @@ SPLITS = digits.load_splits(DEVICES, 0)
 def federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalFederation]:
     """Three devices with samples of their own, all on version 1, whose owners allow more than one run."""
     monkeypatch.setenv("EDGE_AGENT_PRIVACY__EPSILON_LIMIT", "20")
+    monkeypatch.setenv("FL_SERVER_BROKER__REVOCATION_INTERVAL_S", "0.5")
     with LocalFederation(
         tmp_path / "federation", definition=DEFINITION, model="digits", validation=validation()
     ) as federation:
@@ -71,6 +72,7 @@ def test_devices_learn_and_serve_what_was_learnt_through_kills_of_everything(fed
         assert spent["rounds"] == ROUNDS
         assert 0 < float(spent["epsilon"]) <= float(result["epsilon"]) <= 8
     reinstall_and_train_again(federation, federation.devices[0], champion)
+    revoke(federation, federation.devices[0])
 
 
 def reinstall_and_train_again(federation: LocalFederation, device: LocalDevice, version: int) -> None:
@@ -90,6 +92,25 @@ def reinstall_and_train_again(federation: LocalFederation, device: LocalDevice, 
     with AgentClient(device.socket_path) as agent:
         (spent,) = agent.get("/v1/privacy")["spent"]
     assert float(spent["epsilon"]) == float(spend.epsilon_after) > float(before[-1].epsilon_after)
+
+
+def revoke(federation: LocalFederation, device: LocalDevice) -> None:
+    """Exclude a device that is connected: it serves on, alone, and the others stay where they are."""
+    federation.fl_server("revoke", device.device_id)
+    federation.wait_until(lambda: not is_connected(device), "the revoked device to be shut out")
+    federation.wait_until(
+        lambda: "device.pem expired, revoked" in device.log_path.read_text(),
+        "the broker to refuse the revoked device",
+    )
+    assert [is_connected(other) for other in federation.devices] == [
+        other is not device for other in federation.devices
+    ]
+    assert device.get_version("digits") is not None
+
+
+def is_connected(device: LocalDevice) -> bool:
+    with AgentClient(device.socket_path) as agent:
+        return bool(agent.get("/v1/status")["connected"])
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_agent.link.backoff import full_jitter
+from models.contract.identity import Identity
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ _UNDELIVERED_MAX = 64  # messages between paho's thread and the loop; at 64 KiB 
 _STALL_TIMEOUT_S = 10.0  # how long paho's thread waits for the loop before it drops a message
 _QUEUED_MAX = 1000  # outgoing messages that the broker has not acknowledged
 _CONNECT_TIMEOUT_S = 5.0
+_LOST = "Unspecified error"  # paho's word for a connection that ended without a reason
 _BACKOFF_BASE_S = 1.0
 _BACKOFF_CAP_S = 60.0
 
@@ -52,6 +54,7 @@ class Broker:
 
     Attributes:
         subscriptions: Topics held on every connection.
+        identity: Read again for every connection, so that a renewed certificate is used; None for no TLS.
     """
 
     host: str
@@ -59,6 +62,7 @@ class Broker:
     client_id: str
     keepalive_s: int
     subscriptions: tuple[str, ...] = ()
+    identity: Identity | None = None
 
 
 class Link:
@@ -149,6 +153,9 @@ class Link:
         finally:
             was_accepted, self.connected, self._client = self.connected, False, None
             client.disconnect(reasoncode=ReasonCode(PacketTypes.DISCONNECT, "Disconnect with will message"))
+        if self._broker.identity is not None and not was_accepted and reason == _LOST:
+            # TLS 1.3 tells a client of its certificate after the handshake, and paho does not pass it on.
+            reason = f"no answer: is {self._broker.identity.cert_path} expired, revoked or of another authority?"
         log.warning("broker %s:%d: connection is over: %s", self._broker.host, self._broker.port, reason)
         return was_accepted
 
@@ -271,6 +278,8 @@ def _connect(client: _Client, broker: Broker) -> None:
     properties = _build_properties(
         PacketTypes.CONNECT, SessionExpiryInterval=_SESSION_EXPIRY_S, MaximumPacketSize=_PACKET_MAX_BYTES
     )
+    if broker.identity is not None:
+        client.tls_set_context(broker.identity.build_context())
     client.connect(broker.host, broker.port, broker.keepalive_s, clean_start=False, properties=properties)
 
 

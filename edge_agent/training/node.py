@@ -38,6 +38,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from edge_agent.errors import StalledError, TransientError
 from models.contract.files import save_atomically
+from models.contract.identity import Identity
 from models.tensors.layout import Vector, parse_vector_bytes
 
 Handle: TypeAlias = Callable[[Vector, bytes], bytes | None]
@@ -55,6 +56,7 @@ def serve(
     superlink: str,
     ca_path: Path,
     node_key_path: Path,
+    identity: Identity | None = None,
     poll_interval_s: float,
     idle_timeout_s: float,
     handle: Handle,
@@ -65,10 +67,11 @@ def serve(
     A SuperLink that is away, restarts or has forgotten this device is tried again until then.
 
     Args:
-        superlink: HOST:PORT.
-        ca_path: Certificate authority of the SuperLink, PEM.
+        superlink: HOST:PORT of it, or of the proxy before it.
+        ca_path: Certificate authority of whichever that is, PEM.
         node_key_path: The device's NIST-curve private key, PEM or OpenSSH. Beside it, with the suffix
             ".node", the node id is kept: a process that was killed rejoins at once by it.
+        identity: Whose certificate the proxy is shown; None to show none.
         poll_interval_s: How often to ask for a message; > 0.
         idle_timeout_s: > 0.
         handle: Gets parameters, shape (n,), float32, and the envelope; returns the encoded update, or None to
@@ -77,13 +80,16 @@ def serve(
 
     Raises:
         TransientError: The SuperLink never let this device in.
-        StalledError: The key or the certificate authority cannot be read.
+        StalledError: A key or certificate cannot be read.
     """
     try:
         key = _load_key(node_key_path)
         context = ssl.create_default_context(cafile=ca_path)
+        if identity is not None:
+            context.load_cert_chain(identity.cert_path, identity.key_path)
     except (OSError, ValueError) as error:
-        raise StalledError(f"cannot join the SuperLink with {node_key_path} and {ca_path}: {error}") from error
+        files = [node_key_path, ca_path, *([identity.cert_path, identity.key_path] if identity else [])]
+        raise StalledError(f"cannot join the SuperLink with {', '.join(map(str, files))}: {error}") from error
     _Node(f"https://{superlink}", context, key, node_key_path.with_suffix(".node"), idle_timeout_s).serve(
         poll_interval_s, handle, on_joined
     )
@@ -283,4 +289,6 @@ def _status(error: BaseException) -> int:
 
 def _describe(error: Exception) -> str:
     status = _status(error)
+    if status == httpx.codes.BAD_REQUEST:  # the proxy's, for every certificate that it does not take
+        return "HTTP 400: the device's certificate may be expired, revoked or of another authority"
     return f"HTTP {status}" if status else f"{type(error).__name__}: {error}"

@@ -18,7 +18,6 @@ def open_session(graph: bytes, name: str) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1  # serving keeps the other cores
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.enable_cpu_mem_arena = False  # 2 MB less, and no slower: the arrays are the caller's own
     options.log_severity_level = 4  # fatal only: its errors quote sample values
     try:
         return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -18,7 +18,6 @@ from models.contract.manifest import (
     GOLDEN_NAME,
     GRAPH_NAMES,
     MANIFEST_NAME,
-    WEIGHTS_NAME,
     FileEntry,
     ModelManifest,
     parse_manifest,
@@ -35,8 +34,9 @@ _LONG_BYTES = 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Shortcut:
-    """A delta, and the weights in a slot that it is added to."""
+    """A delta, what the version calls the file that it leads to, and the one in a slot that it is added to."""
 
+    name: str
     delta: FileEntry
     base_path: Path
 
@@ -86,21 +86,22 @@ class Downloader:
     ) -> tuple[dict[str, FileEntry], _Shortcut | None]:
         """Return what no slot holds, by name, and a shorter way to the weights if they are among it."""
         missing = {name: entry for name, entry in needed.items() if self._slots.find(entry, name) is None}
-        if WEIGHTS_NAME in missing:
+        name = manifest.weights_name
+        if name in missing:
             for delta in manifest.deltas:
-                base = FileEntry(digest=delta.base, size_bytes=missing[WEIGHTS_NAME].size_bytes)
-                if (path := self._slots.find(base, WEIGHTS_NAME)) is not None:
-                    return missing, _Shortcut(delta=delta.file, base_path=path)
+                base = FileEntry(digest=delta.base, size_bytes=missing[name].size_bytes)
+                if (path := self._slots.find(base, name)) is not None:
+                    return missing, _Shortcut(name=name, delta=delta.file, base_path=path)
         return missing, None
 
     async def _fetch_files(
         self, missing: dict[str, FileEntry], shortcut: _Shortcut | None, release: FileEntry, version: int
     ) -> None:
-        fetched = missing if shortcut is None else missing | {WEIGHTS_NAME: shortcut.delta}
+        fetched = missing if shortcut is None else missing | {shortcut.name: shortcut.delta}
         what, progress = self._announce(fetched, version)
         self._blobs.keep_only(entry.digest for entry in (release, *missing.values(), *fetched.values()))
         for name, entry in missing.items():
-            if name == WEIGHTS_NAME and shortcut is not None:
+            if shortcut is not None and name == shortcut.name:
                 try:
                     await self._take_shortcut(shortcut, entry, progress)
                     continue

@@ -7,7 +7,7 @@ atomically once everything in an offer has verified, so that a refused offer cha
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -44,13 +44,14 @@ class OfferFetcher(FetcherInterface):
         return iter((data,))
 
 
-def open_offer(payload: bytes, *, root: bytes, trust_dir: Path) -> SignedTargets:
+def open_offer(payload: bytes, *, root: bytes, trust_dir: Path, told: Sequence[Path] = ()) -> SignedTargets:
     """Return what `payload` offers, and trust it from now on.
 
     Args:
         payload: The retained offer.
         root: The root of trust from enrolment.
         trust_dir: Where what is trusted is kept; only newer offers are accepted after this one. Floors lie beside it.
+        told: Files of floors that the coordinator told.
 
     Raises:
         StalledError: Not a whole, genuine, fresh offer of this fleet; trust is unchanged but for a newer root.
@@ -68,7 +69,7 @@ def open_offer(payload: bytes, *, root: bytes, trust_dir: Path) -> SignedTargets
         updater.refresh()
         signed = dict(_list_signed(updater, metadata))
         floors_path = trust_dir.with_name(f"{trust_dir.name}-floors.json")
-        raise_floors(floors_path, scratch_dir, now=datetime.now(UTC))
+        raise_floors(floors_path, scratch_dir, told=told, now=datetime.now(UTC))
     except (RepositoryError, DownloadError) as error:
         _keep_roots(trust_dir, scratch_dir)
         raise StalledError(f"offer refused: {error}") from error

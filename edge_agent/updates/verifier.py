@@ -5,6 +5,7 @@ An offer is whatever a broker serves, and tuf and its cryptography take 14 MB th
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,21 @@ _MEMORY_BYTES = 512 * 1024**2
 _SAID_MAX_BYTES = 1024 * 1024
 
 
-def verify_offer(payload: bytes, *, root: bytes, trust_dir: Path) -> SignedTargets:
+def verify_offer(payload: bytes, *, root: bytes, trust_dir: Path, told: Sequence[Path] = ()) -> SignedTargets:
     """Return what `payload` offers, and trust it from now on; blocks.
 
     Args:
         payload: The retained offer.
         root: The root of trust from enrolment.
         trust_dir: Where what is trusted is kept; only newer offers are accepted after this one.
+        told: Files of floors that the coordinator told; those that are not there tell nothing.
 
     Raises:
         StalledError: Not a whole, genuine, fresh offer of this fleet; trust is unchanged.
         TransientError: This machine had no time or no process for it.
     """
-    given = json.dumps({"root": root.decode("latin-1"), "trust_dir": str(trust_dir)}).encode() + b"\n" + payload
+    order = {"root": root.decode("latin-1"), "trust_dir": str(trust_dir), "told": [str(path) for path in told]}
+    given = json.dumps(order).encode() + b"\n" + payload
     try:
         said = run_child("edge_agent.updates.verifier", given=given, deadline_s=DEADLINE_S)
     except DeadlineError as error:
@@ -47,7 +50,12 @@ def main() -> int:
     head, _, payload = sys.stdin.buffer.read().partition(b"\n")
     order: dict[str, Any] = json.loads(head)
     try:
-        targets = open_offer(payload, root=order["root"].encode("latin-1"), trust_dir=Path(order["trust_dir"]))
+        targets = open_offer(
+            payload,
+            root=order["root"].encode("latin-1"),
+            trust_dir=Path(order["trust_dir"]),
+            told=[Path(path) for path in order["told"]],
+        )
     except StalledError as error:
         print(error)
         return 1

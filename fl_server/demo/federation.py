@@ -3,7 +3,6 @@
 Made by the same commands an operator types; everything lies below one folder.
 """
 
-import os
 import sys
 import tempfile
 import time
@@ -22,16 +21,6 @@ from fl_server.demo.processes import Child, find_free_ports, find_mosquitto, run
 from fl_server.errors import ServerError
 
 START_TIMEOUT_S = 60.0
-_BROKER_CONFIG = """\
-listener {port} 127.0.0.1
-allow_anonymous true
-persistence true
-persistence_location {directory}/
-autosave_interval 1
-autosave_on_changes true
-set_tcp_nodelay true
-max_packet_size 300000
-"""
 
 Array = npt.NDArray[np.float32] | npt.NDArray[np.int64]
 
@@ -93,7 +82,7 @@ class LocalFederation:
         self._stack = ExitStack()
         self._broker_port, superlink_port = find_free_ports(2)
         self._environment = {
-            "FL_SERVER_BROKER__PORT": str(self._broker_port),
+            "FL_SERVER_PROXY__USED": "false",
             "FL_SERVER_SUPERLINK__PORT": str(superlink_port),
         }
 
@@ -101,7 +90,7 @@ class LocalFederation:
         # A socket's path is limited to 107 bytes, whatever folder the user chose.
         self._sockets_dir = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="edge-fl-")))
         self.logs_dir.mkdir(parents=True)
-        self.fl_server("init", str(self.server_dir), "--fleet", "demo")
+        self.fl_server("init", str(self.server_dir), "--fleet", "demo", "--broker-port", str(self._broker_port))
         x, y = self._validation
         np.savez(self.server_dir / "validation.npz", x=x, y=y)
         with self.config_path.open("a") as file:
@@ -140,14 +129,8 @@ class LocalFederation:
             list(pool.map(self._enroll_one, self.devices))
 
     def start_broker(self) -> Child:
-        directory = self.directory / "broker"
-        directory.mkdir(exist_ok=True)
-        config_path = directory / "mosquitto.conf"
-        config = _BROKER_CONFIG.format(port=self._broker_port, directory=directory)
-        if os.geteuid() == 0:
-            config += "user root\n"  # else it drops to a user of its own, which may not write here
-        config_path.write_text(config)
-        self.broker = Child("broker", [find_mosquitto(), "-c", str(config_path)], log_path=self.logs_dir / "broker.log")
+        command = [find_mosquitto(), "-c", "broker/mosquitto.conf"]  # as `fl-server init` wrote it
+        self.broker = Child("broker", command, log_path=self.logs_dir / "broker.log", cwd=self.server_dir)
         return self.broker
 
     def start_coordinator(self) -> Child:

@@ -21,7 +21,13 @@ class Child:
     """One running program; it dies with this process, even when this one is killed."""
 
     def __init__(
-        self, name: str, command: Sequence[str], *, log_path: Path, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        log_path: Path,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
     ) -> None:
         self.name = name
         self.log_path = log_path
@@ -32,6 +38,7 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(environment or {})},
+                cwd=cwd,
                 preexec_fn=_die_with_parent,  # noqa: PLW1509 - no threads are running when children start
                 start_new_session=True,  # Ctrl-C reaches this process alone, which then stops its children in order
             )
@@ -99,13 +106,20 @@ def find_free_ports(count: int) -> list[int]:
 
 def find_mosquitto() -> str:
     """Return the path of a mosquitto; raises ServerError that says how to get one."""
-    unpacked = Path(sys.prefix) / "mosquitto" / "mosquitto"
+    return _find_program("mosquitto", "deploy/broker/get-mosquitto.sh")
+
+
+def find_nginx() -> str:
+    """Return the path of an nginx; raises ServerError that says how to get one."""
+    return _find_program("nginx", "deploy/server/get-nginx.sh")
+
+
+def _find_program(name: str, script: str) -> str:
+    unpacked = Path(sys.prefix) / name / name
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
-    found = shutil.which("mosquitto", path=path) or (str(unpacked) if unpacked.exists() else None)
+    found = shutil.which(name, path=path) or (str(unpacked) if unpacked.exists() else None)
     if found is None:
-        raise ServerError(
-            f"there is no mosquitto: run `deploy/broker/get-mosquitto.sh {unpacked.parent}` or install mosquitto 2"
-        )
+        raise ServerError(f"there is no {name}: run `{script} {unpacked.parent}` or install it")
     return found
 
 

@@ -7,6 +7,7 @@ what its topic says is counted and forgotten.
 import asyncio
 import logging
 import socket
+import threading
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -21,6 +22,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from fl_server.errors import ServerError
 from models.contract.encoding import parse_json
 from models.contract.errors import MalformedError
+from models.contract.identity import Identity
 from models.contract.messages import MESSAGE_MAX_BYTES, Event, Status, Telemetry
 from models.contract.topics import Channel, build_device_filter, parse_device_topic
 
@@ -70,7 +72,12 @@ class Link:
         dropped: Messages that found the queue full.
     """
 
-    def __init__(self, *, host: str, port: int, fleet: str) -> None:
+    def __init__(self, *, host: str, port: int, fleet: str, identity: Identity | None = None) -> None:
+        """Prepare the link; with `identity`, None for no TLS, as the coordinator.
+
+        Raises:
+            OSError: A file of the identity cannot be used.
+        """
         self.ignored = 0
         self.dropped = 0
         self._host, self._port, self._fleet = host, port, fleet
@@ -84,6 +91,8 @@ class Link:
         client.on_connect, client.on_disconnect = self._on_connect, self._on_disconnect
         client.on_message, client.on_publish = self._on_message, self._on_publish
         client.on_socket_open = _disable_delay
+        if identity is not None:
+            client.tls_set_context(identity.build_context())
         client.reconnect_delay_set(min_delay=1, max_delay=8)
 
     async def __aenter__(self) -> Self:
@@ -199,6 +208,34 @@ class Link:
         for confirmed in self._unconfirmed.values():
             if not confirmed.done():
                 confirmed.set_exception(LinkError(f"broker {self._host}:{self._port} went away"))
+
+
+def end_session(host: str, port: int, *, client_id: str, identity: Identity) -> None:
+    """Connect as `client_id` and leave: the broker ends what that client had open, and forgets what it kept for it.
+
+    Raises:
+        LinkError: The broker is away, or refuses.
+    """
+    answered, reasons = threading.Event(), list[ReasonCode]()
+
+    def take(_client: Client, _userdata: Any, _flags: ConnectFlags, reason: ReasonCode, _: Any) -> None:
+        reasons.append(reason)
+        answered.set()
+
+    client = Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=MQTTv5, reconnect_on_failure=False)
+    client.on_connect = take
+    try:
+        client.tls_set_context(identity.build_context())
+        client.connect(host, port, clean_start=True)  # no session expiry: it ends with the connection
+    except OSError as error:
+        raise LinkError(f"broker {host}:{port}: {error}") from error
+    client.loop_start()
+    try:
+        if not answered.wait(CONFIRM_TIMEOUT_S) or reasons[0].is_failure:
+            raise LinkError(f"the session of {client_id} did not end: {reasons[0] if reasons else 'no answer'}")
+    finally:
+        client.disconnect()
+        client.loop_stop()
 
 
 def _disable_delay(_client: Client, _userdata: Any, connection: Any) -> None:

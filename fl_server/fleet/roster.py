@@ -3,6 +3,7 @@
 One SQLite file, shared by the running coordinator and operators' commands.
 """
 
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from models.contract.encoding import build_json, parse_json
 from models.contract.ledger import SPENT_MAX, LedgerHead, Spent, add_up, take_larger
 from models.contract.messages import Event, EventKind, Status, Telemetry
 
+CERTIFICATES_MAX = 32  # of one device at a time; it needs two a year, and one for each answer that got lost
 EVENTS_KEPT = 1000  # of each device; older ones go
 WORDS_KEPT = 100  # of each device, on as many versions
 
@@ -31,6 +33,21 @@ CREATE TABLE IF NOT EXISTS devices (
     revoked_at REAL,
     status BLOB,
     telemetry BLOB
+) STRICT;
+CREATE TABLE IF NOT EXISTS certificates (  -- of devices
+    serial TEXT PRIMARY KEY,  -- up to 160 bits
+    device_id TEXT NOT NULL,
+    not_after REAL NOT NULL,
+    is_replaced INTEGER NOT NULL DEFAULT 0,  -- by those of a later enrolment: as good as revoked
+    is_shut_out INTEGER NOT NULL DEFAULT 0  -- once the broker refuses it and has ended what it had open
+) STRICT;
+CREATE TABLE IF NOT EXISTS tokens (  -- with which machines enrol themselves
+    digest TEXT PRIMARY KEY,
+    device_id TEXT NOT NULL,
+    model TEXT NOT NULL,
+    expires_at REAL NOT NULL,
+    again INTEGER NOT NULL,
+    spent_at REAL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS events (
     number INTEGER PRIMARY KEY,
@@ -71,6 +88,29 @@ CREATE TABLE IF NOT EXISTS updates (  -- that came, whatever became of them, and
 
 class RosterError(ServerError):
     """The roster cannot take this: a name is not allowed, taken or unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceCertificate:
+    """One certificate issued to a device.
+
+    Attributes:
+        not_after: Unix time, s.
+        is_shut_out: Whether the broker refuses it, and has ended its session.
+    """
+
+    device_id: str
+    serial: int
+    not_after: float
+    is_shut_out: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Newcomer:
+    """Whom a token is for."""
+
+    device_id: str
+    model: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,13 +170,56 @@ class Roster:
             RosterError: It is enrolled already.
         """
         with self._changing():
-            if self._database.execute("SELECT 1 FROM devices WHERE device_id = ?", (device_id,)).fetchone():
+            if self._has(device_id):
                 raise RosterError(f"device {device_id!r} is enrolled already; choose another id")
-            self._database.execute(
-                "INSERT INTO devices (device_id, public_key, enrolled_at) VALUES (?, ?, ?)",
-                (device_id, public_key, time.time()),
-            )
+            self._add(device_id, public_key)
             yield
+
+    def add_token(self, digest: str, *, device_id: str, model: str, expires_at: float, again: bool) -> None:
+        """Keep a token by its digest; unspent ones of the device are none any more.
+
+        Raises:
+            RosterError: The id is taken, or is not although the token is to enrol it `again`.
+        """
+        with self._changing():
+            self._check_may_enrol(device_id, again=again)
+            self._database.execute("DELETE FROM tokens WHERE device_id = ? AND spent_at IS NULL", (device_id,))
+            self._database.execute(
+                "INSERT INTO tokens (digest, device_id, model, expires_at, again) VALUES (?, ?, ?, ?, ?)",
+                (digest, device_id, model, expires_at, again),
+            )
+
+    @contextmanager
+    def redeeming(self, digest: str, public_key: bytes) -> Iterator[Newcomer]:
+        """Spend a token and enrol its device if the block ends well, and neither if it raises.
+
+        A device that was enrolled before keeps its id and what it has spent; its earlier certificates are revoked.
+
+        Raises:
+            RosterError: There is no such token, it is spent or expired, or its device or the key is enrolled by now.
+        """
+        with self._changing():
+            row = self._database.execute("SELECT * FROM tokens WHERE digest = ?", (digest,)).fetchone()
+            if row is None:
+                raise RosterError("this token is not valid here; ask the operator for one")
+            if row["spent_at"] is not None:
+                raise RosterError("this token was used already; ask the operator for another, made with --again")
+            if row["expires_at"] <= time.time():
+                raise RosterError("this token has expired; ask the operator for another")
+            device_id = row["device_id"]
+            self._check_may_enrol(device_id, again=bool(row["again"]))
+            if self._database.execute("SELECT 1 FROM devices WHERE public_key = ?", (public_key,)).fetchone():
+                raise RosterError("a device has this node key already; each makes its own")
+            self._database.execute("UPDATE tokens SET spent_at = ? WHERE digest = ?", (time.time(), digest))
+            self._database.execute("UPDATE certificates SET is_replaced = 1 WHERE device_id = ?", (device_id,))
+            self._add(device_id, public_key)
+            yield Newcomer(device_id=device_id, model=row["model"])
+
+    def has_certificate(self, device_id: str, serial: int) -> bool:
+        """Return whether the device is a member and the certificate is one of its present ones."""
+        query = "SELECT 1 FROM certificates WHERE serial = ? AND device_id = ? AND NOT is_replaced"
+        is_its_own = self._database.execute(query, (str(serial), device_id)).fetchone() is not None
+        return is_its_own and self.is_member(device_id)
 
     def list_devices(self) -> list[Device]:
         """Return all devices, by id."""
@@ -168,6 +251,48 @@ class Roster:
         query = "UPDATE devices SET revoked_at = ? WHERE device_id = ? AND revoked_at IS NULL"
         if not self._database.execute(query, (time.time(), device_id)).rowcount:
             raise RosterError(f"device {device_id!r} is not enrolled; see fl-server devices")
+
+    def save_certificate(self, device_id: str, serial: int, not_after: float) -> None:
+        """Keep that the certificate was issued to the device, which may have several until the older ones end.
+
+        Raises:
+            RosterError: No such member, or it has so many that the list of revoked ones would grow for no reason.
+        """
+        query = "SELECT count(*) FROM certificates WHERE device_id = ? AND not_after > ?"
+        (valid,) = self._database.execute(query, (device_id, time.time())).fetchone()
+        if valid >= CERTIFICATES_MAX:
+            raise RosterError(f"device {device_id!r} has {valid} certificates that are valid; no more are issued")
+        added = self._database.execute(
+            "INSERT INTO certificates (serial, device_id, not_after) "
+            "SELECT ?, device_id, ? FROM devices WHERE device_id = ? AND revoked_at IS NULL",
+            (str(serial), not_after, device_id),
+        )
+        if not added.rowcount:
+            raise RosterError(f"device {device_id!r} is not enrolled; see fl-server devices")
+
+    def list_certificates(self, device_id: str) -> list[DeviceCertificate]:
+        """Return what was issued to the device, the one that ends last first."""
+        rows = self._database.execute(
+            "SELECT * FROM certificates WHERE device_id = ? ORDER BY not_after DESC", (device_id,)
+        )
+        return [_read_certificate(row) for row in rows]
+
+    def list_revoked_certificates(self) -> list[DeviceCertificate]:
+        """Return what revoked devices have, or members had before they enrolled again, that has not ended by itself."""
+        rows = self._database.execute(
+            "SELECT certificates.* FROM certificates JOIN devices USING (device_id) "
+            "WHERE (revoked_at IS NOT NULL OR is_replaced) AND not_after > ? ORDER BY device_id",
+            (time.time(),),
+        )
+        return [_read_certificate(row) for row in rows]
+
+    def save_shut_out(self, device_id: str) -> None:
+        """Keep that the broker refuses every revoked certificate of the device, and has ended its session."""
+        self._database.execute(
+            "UPDATE certificates SET is_shut_out = 1 WHERE device_id = ? AND (is_replaced OR EXISTS "
+            "(SELECT 1 FROM devices WHERE device_id = certificates.device_id AND revoked_at IS NOT NULL))",
+            (device_id,),
+        )
 
     def save_node_id(self, device_id: str, node_id: int | None) -> None:
         text = None if node_id is None else str(node_id)
@@ -293,6 +418,23 @@ class Roster:
             "INSERT OR REPLACE INTO ledgers VALUES (?, ?)", (device_id, build_json(replace(head, spent=spent)))
         )
 
+    def _has(self, device_id: str) -> bool:
+        query = "SELECT 1 FROM devices WHERE device_id = ?"
+        return self._database.execute(query, (device_id,)).fetchone() is not None
+
+    def _check_may_enrol(self, device_id: str, *, again: bool) -> None:
+        if self._has(device_id) and not again:
+            raise RosterError(f"device {device_id!r} is enrolled already; the operator can have it enrolled --again")
+        if again and not self._has(device_id):
+            raise RosterError(f"device {device_id!r} was never enrolled, so it cannot be --again")
+
+    def _add(self, device_id: str, public_key: bytes) -> None:
+        """Make it a member with this key; what it said before is of the machine that it was."""
+        self._database.execute(
+            "INSERT OR REPLACE INTO devices (device_id, public_key, enrolled_at) VALUES (?, ?, ?)",
+            (device_id, public_key, time.time()),
+        )
+
     @contextmanager
     def _changing(self) -> Iterator[None]:
         self._database.execute("BEGIN IMMEDIATE")
@@ -302,3 +444,12 @@ class Roster:
             self._database.execute("ROLLBACK")
             raise
         self._database.execute("COMMIT")
+
+
+def _read_certificate(row: sqlite3.Row) -> DeviceCertificate:
+    return DeviceCertificate(
+        device_id=row["device_id"],
+        serial=int(row["serial"]),
+        not_after=row["not_after"],
+        is_shut_out=bool(row["is_shut_out"]),
+    )

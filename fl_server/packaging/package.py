@@ -157,16 +157,18 @@ def write_local(directory: Path, training: TrainingContract, parameters: Mapping
 
 def _write_deltas(staging: Path, files: Mapping[str, FileEntry], running: Sequence[Path]) -> tuple[Delta, ...]:
     """Write the deltas that lead from the weights of `running` versions to those in `staging`, where they are shorter."""
-    if WEIGHTS_NAME not in files:
+    name = WEIGHTS_NAME if WEIGHTS_NAME in files else INFERENCE_NAMES["tflite"]
+    if name not in files:
         return ()
-    result, deltas = (staging / WEIGHTS_NAME).read_bytes(), dict[str, Delta]()
+    result, deltas = (staging / name).read_bytes(), dict[str, Delta]()
+    template = files.get(INFERENCE_NAMES["onnx"])
     for directory in running:
         manifest = parse_manifest((directory / MANIFEST_NAME).read_bytes())
-        base = manifest.files.get(WEIGHTS_NAME)
-        if base is None or manifest.files[manifest.inference_name] != files[INFERENCE_NAMES["onnx"]]:
+        base = manifest.files.get(name)
+        if base is None or base.size_bytes != len(result) or manifest.files.get(INFERENCE_NAMES["onnx"]) != template:
             continue
-        data = build_delta((directory / WEIGHTS_NAME).read_bytes(), result)
-        if base != files[WEIGHTS_NAME] and len(data) < len(result):
+        data = build_delta((directory / name).read_bytes(), result)
+        if base != files[name] and len(data) < len(result):
             delta = Delta(base=base.digest, file=FileEntry(digest=build_digest(data), size_bytes=len(data)))
             (staging / delta.name).write_bytes(data)
             deltas[base.digest] = delta

@@ -77,21 +77,23 @@ class KeyRing:
     def __init__(self, *folders: Path) -> None:
         self._folders = folders
 
-    def find_signers(self, keys: Iterable[Key]) -> list[Signer]:
-        """Return the signers of those of `keys` whose private part is within reach.
+    def find_signers(self, keys: Iterable[Key]) -> tuple[list[Signer], list[str]]:
+        """Return the signers of those of `keys` whose private part is within reach, and why an external one is not.
 
         Raises:
-            OfflineKeyError: A signer is not to be had.
             ServerError: A file in one of the folders is no key.
         """
         files, external = self._list_files(), self._list_external()
-        signers: list[Signer] = []
+        signers, failures = list[Signer](), list[str]()
         for key in keys:
             if key.keyid in files:
                 signers.append(CryptoSigner(load_key(files[key.keyid])))
             elif key.keyid in external:
-                signers.append(_open_external(external[key.keyid][1], key))
-        return signers
+                try:
+                    signers.append(_open_external(external[key.keyid][1], key))
+                except OfflineKeyError as error:
+                    failures.append(str(error))
+        return signers, failures
 
     def find_place(self, keyid: str) -> str | None:
         """Return where the private part of a key is, as a person would write it; None if not within reach."""

@@ -17,7 +17,6 @@ from models.contract.manifest import (
     GOLDEN_NAME,
     MANIFEST_NAME,
     PARAMETERS_NAME,
-    WEIGHTS_NAME,
     ModelManifest,
     parse_manifest,
 )
@@ -93,8 +92,8 @@ def count_pushed_bytes(manifest: bytes, previous: ModelManifest | None) -> int:
     parsed = parse_manifest(manifest)
     new = {name: entry for name, entry in parsed.files.items() if name != PARAMETERS_NAME and entry.digest not in known}
     for delta in parsed.deltas:
-        if WEIGHTS_NAME in new and delta.base in known:
-            new[WEIGHTS_NAME] = delta.file
+        if parsed.weights_name in new and delta.base in known:
+            new[parsed.weights_name] = delta.file
     if parsed.golden is not None:
         new[GOLDEN_NAME] = parsed.golden
     return len(manifest) + sum({entry.digest: entry.size_bytes for entry in new.values()}.values())

@@ -7,12 +7,12 @@ signed by the keys before it, `refresh_expiring` signs again.
 import copy
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self, get_args
 
 from securesystemslib.signer import CryptoSigner, Key
-from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
+from tuf.api.exceptions import UnsignedMetadataError
 from tuf.api.metadata import Metadata, MetaFile, Root, TargetFile
 from tuf.api.serialization.json import JSONSerializer
 
@@ -40,6 +40,7 @@ from fl_server.rollout.trust import (
     build_first_state,
 )
 from models.contract.encoding import build_digest
+from models.contract.floors import TOLD_ROLES, Floor, Floors, build_keys_digest
 from models.contract.manifest import FileEntry, parse_manifest
 from models.contract.offer import (
     COORDINATOR_KEY_TARGET,
@@ -49,6 +50,7 @@ from models.contract.offer import (
     build_graph_target,
     build_release_target,
     build_signed_at,
+    parse_signed_at,
 )
 from models.contract.terms import ReleaseTerms, Role, Split, build_terms
 
@@ -166,6 +168,18 @@ class ReleaseRepository:
         with self._store.locked():
             self._issue(self._store.load(), set(roles), now)
 
+    def outrun(self, roles: Sequence[str], *, now: datetime) -> None:
+        """Sign `roles`, snapshot and timestamp with versions above any that devices can have seen; raises as `renew`.
+
+        A restored repository goes on behind its fleet, which refuses what is older than it saw. The time in seconds is
+        such a version, as a role is signed less than once a second. Roots follow one on the other: they cannot leap.
+        """
+        with self._store.locked():
+            state = self._store.load()
+            for signed in (state.snapshot, state.timestamp, *(state.targets[role] for role in roles)):
+                signed.version = max(signed.version, int(now.timestamp()))
+            self._issue(state, set(roles), now)
+
     def rotate(self, rotation: Rotation, *, now: datetime) -> list[Path]:
         """Replace keys; what the old ones sign from now on, devices refuse once they have seen the new root or targets.
 
@@ -225,6 +239,11 @@ class ReleaseRepository:
             for role in ROLES
         ]
 
+    def find_signed_at(self) -> datetime | None:
+        """Return when the newest timestamp was signed; None if it does not say."""
+        with self._store.locked():
+            return parse_signed_at(self._store.load().timestamp.unrecognized_fields)
+
     def load_metadata(self) -> dict[str, bytes]:
         """Return every file a client may need, by name: the contents of an offer."""
         with self._store.locked():
@@ -233,6 +252,20 @@ class ReleaseRepository:
     def load_root(self) -> bytes:
         """Return the newest root: what a device is given at enrolment."""
         return self._store.read_root()
+
+    def build_floors(self) -> Floors:
+        """Return what devices are told that no offer may be older than."""
+        with self._store.locked():
+            state = self._store.load()
+        roles = {
+            role: Floor(
+                version=state.get_signed(role).version,
+                keys=build_keys_digest(key.keyid for key in state.list_keys(role)),
+            )
+            for role in TOLD_ROLES
+        }
+        signed_at = parse_signed_at(state.timestamp.unrecognized_fields)
+        return Floors(roles=roles, signed_at=signed_at or datetime.fromtimestamp(0, UTC))
 
     def build_coordinator_pem(self) -> bytes:
         """Return the public key that devices check orders with: the bytes of its target."""
@@ -271,19 +304,24 @@ class ReleaseRepository:
         keys = {key.keyid: key for key in state.list_keys(role)}
         if role == "root" and root_before is not None:  # both must agree to a new root: its own keys and the old ones
             keys |= {keyid: root_before.get_key(keyid) for keyid in root_before.roles["root"].keyids}
-        try:
-            for signer in self._ring.find_signers(keys.values()):
+        signers, failures = self._ring.find_signers(keys.values())
+        for signer in signers:
+            try:
                 metadata.sign(signer, append=True)
-        except RepositoryError as error:
-            raise ServerError(f"{role} is not signed: {error}") from error
+            except UnsignedMetadataError as error:  # the others may be enough
+                failures.append(str(error))
         try:
             delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
             if role == "root" and root_before is not None:
                 root_before.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
         except UnsignedMetadataError as error:
+            if failures:
+                raise ServerError(f"{role} is not signed: {'; '.join(failures)}") from error
             raise OfflineKeyError(
                 f"{error}: the others are not on this machine; run this where they are, or name their folder with --keys"
             ) from error
+        for failure in failures:
+            logger.warning("%s is signed without one of its keys: %s", role, failure)
         return metadata.to_bytes(JSONSerializer(compact=True))
 
     def _can_sign(self, state: State, role: str, now: datetime) -> bool:

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from models.contract.encoding import build_canonical, build_json, check_digest_text, parse_json
 from models.contract.errors import EnvelopeError
+from models.contract.floors import Floors
 from models.contract.ledger import LedgerHead
 from models.contract.privacy import PrivacyPlan, TrainingPlan
 from models.contract.topics import check_name
@@ -72,6 +73,7 @@ class WakeCommand(Order):
         idle_timeout_s: After how long without a message it ends.
         ledger: What the device has spent at least, as the coordinator knows: the larger spend wins. None if it
             says nothing of it, and then a device without a ledger does not train.
+        floors: What the coordinator has signed last: an offer that is older is refused.
     """
 
     kind: Literal["wake"] = "wake"
@@ -80,6 +82,7 @@ class WakeCommand(Order):
     poll_interval_ms: int
     idle_timeout_s: int
     ledger: LedgerHead | None = None
+    floors: Floors | None = None
 
     def __post_init__(self) -> None:
         Order.__post_init__(self)

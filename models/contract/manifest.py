@@ -51,7 +51,7 @@ class Delta:
     """A short way to a version's weights for a device that holds others, as long and in the same layout.
 
     Attributes:
-        base: Digest of the weights it is added to.
+        base: Digest of the file that it is added to, another version's of the same name.
         file: The delta itself.
     """
 
@@ -231,6 +231,11 @@ class ModelManifest:
         return INFERENCE_NAMES[self.runtime]
 
     @property
+    def weights_name(self) -> str:
+        """File name of what the parameters change, to which deltas lead; a TFLite graph is one file with its weights."""
+        return WEIGHTS_NAME if self.runtime == "onnx" else self.inference_name
+
+    @property
     def serving_names(self) -> tuple[str, ...]:
         """File names of what answers: the inference graph, and its weights where they lie outside it."""
         return (self.inference_name, WEIGHTS_NAME) if WEIGHTS_NAME in self.files else (self.inference_name,)
@@ -254,20 +259,21 @@ class ModelManifest:
         return self.inputs[0] if dtype is None else replace(self.inputs[0], dtype=dtype)
 
     def _check_weights(self) -> None:
-        weights = self.files.get(WEIGHTS_NAME)
-        if weights is not None and self.runtime != "onnx":
+        if WEIGHTS_NAME in self.files and self.runtime != "onnx":
             raise ValueError(
                 f"{WEIGHTS_NAME} beside a graph for {self.runtime}: only an ONNX graph has its weights outside"
             )
+        weights = self.files.get(self.weights_name)
         if weights is None and self.deltas:
-            raise ValueError(f"deltas lead to {WEIGHTS_NAME}, which is missing")
+            raise ValueError(f"deltas lead to {self.weights_name}, which is missing")
         bases = [delta.base for delta in self.deltas]
         if len(set(bases)) != len(bases):
             raise ValueError("two deltas have the same base")
         for delta in self.deltas:  # a device holds one at once, and no longer one than the weights
             if weights is not None and delta.file.size_bytes >= weights.size_bytes:
                 raise ValueError(
-                    f"a delta of {delta.file.size_bytes} bytes leads to {WEIGHTS_NAME} of {weights.size_bytes} bytes"
+                    f"a delta of {delta.file.size_bytes} bytes leads to {self.weights_name} "
+                    f"of {weights.size_bytes} bytes"
                 )
 
 

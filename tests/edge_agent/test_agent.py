@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -18,10 +19,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fl_server.directory import Directory
+from fl_server.rollout.keys import load_key
 from fl_server.rollout.publisher import Publisher, list_blobs
 from fl_server.rollout.repository import ReleaseRepository
 from models.contract.encoding import build_digest, build_json
 from models.contract.envelope import WakeCommand, build_envelope
+from models.contract.floors import FLOORS_NAME, Floor, Floors
 from models.contract.messages import Ack
 from models.contract.offer import build_offer
 from models.contract.terms import Role, Split
@@ -75,7 +78,14 @@ def wait_event(observer: Observer, kind: str, said: str) -> dict:
     return find()[0]
 
 
-def build_command(sequence: int, *, key: Ed25519PrivateKey = KEY, run: str = "run-1", model: str = MODEL) -> bytes:
+def build_command(
+    sequence: int,
+    *,
+    key: Ed25519PrivateKey = KEY,
+    run: str = "run-1",
+    model: str = MODEL,
+    floors: Floors | None = None,
+) -> bytes:
     now_s = int(time.time())
     command = WakeCommand(
         fleet=FLEET,
@@ -87,6 +97,7 @@ def build_command(sequence: int, *, key: Ed25519PrivateKey = KEY, run: str = "ru
         run=run,
         poll_interval_ms=100,
         idle_timeout_s=5,
+        floors=floors,
     )
     return build_envelope(command, key)
 
@@ -211,20 +222,21 @@ class Releases:
     """A coordinator's repository, whose offers the observer publishes."""
 
     def __init__(self, path: Path, observer: Observer) -> None:
-        self._repository = ReleaseRepository.create(Directory(path), now=datetime.now(UTC))
+        self.repository = ReleaseRepository.create(Directory(path), now=datetime.now(UTC))
+        self.order_key = load_key(Directory(path).order_key_path)
         self._publisher = Publisher(fleet=FLEET, record_path=path / "published.json", publish=self._publish)
         self._observer = observer
-        self.root = self._repository.load_root()
+        self.root = self.repository.load_root()
 
     def release(self, versions: dict[Role, Path], split: Split | None = None) -> None:
         manifests = {alias: (version / "manifest.json").read_bytes() for alias, version in versions.items()}
         terms = build_challenge(versions.get("challenger"), split)
-        self._repository.set_release(MODEL, manifests, terms=terms, now=datetime.now(UTC))
-        pem = self._repository.build_coordinator_pem()
+        self.repository.set_release(MODEL, manifests, terms=terms, now=datetime.now(UTC))
+        pem = self.repository.build_coordinator_pem()
         blobs: dict[str, Path | bytes] = {build_digest(pem): pem}
         for version in versions.values():
             blobs |= list_blobs(version)
-        asyncio.run(self._publisher.publish(build_offer(self._repository.load_metadata()), blobs))
+        asyncio.run(self._publisher.publish(build_offer(self.repository.load_metadata()), blobs))
 
     async def _publish(self, topic: str, payload: bytes, *, retain: bool, content_type: str) -> None:
         self._observer.publish(topic, payload, retain=retain)
@@ -270,6 +282,35 @@ def test_challenger_of_a_release_takes_its_share_survives_a_kill_is_promoted_and
         releases.release({"champion": versions[2], "challenger": versions[3]}, all_of_it)
         wait_event(observer, "CHALLENGER_REFUSED", "the owner's own, [serving] challenger, stays")
         assert ask_version(device, **{"Edge-Key": "somebody"}) == "1"
+
+
+def test_new_device_refuses_what_is_older_than_its_enrolment_and_any_device_what_a_command_says_is_old(
+    tmp_path: Path, broker: Mosquitto, observer: Observer
+) -> None:
+    versions = {number: tmp_path / f"v{number}" for number in (1, 2)}
+    for number, directory in versions.items():
+        save_version(directory, version=number)
+    releases = Releases(tmp_path / "server", observer)
+    releases.release({"champion": versions[1]})
+    replayed = build_offer(releases.repository.load_metadata())
+    releases.release({"champion": versions[2]})
+    with AgentProcess(tmp_path / "device", broker_port=broker.port) as device:
+        device.kill()
+        (device.directory / "root.json").write_bytes(releases.root)
+        (device.directory / FLOORS_NAME).write_bytes(build_json(floors := releases.repository.build_floors()))
+        observer.publish(build_offer_topic(FLEET), replayed, retain=True)
+        device.start()
+        wait_event(observer, "FAILED", "timestamp version 2 is older than 3, told by the coordinator")
+        observer.publish(build_offer_topic(FLEET), build_offer(releases.repository.load_metadata()), retain=True)
+        wait_until(lambda: device.status()["version"] == 2, "the version of the newest offer")
+
+        next_timestamp = Floor(version=5, keys=floors.roles["timestamp"].keys)
+        told = replace(floors, roles=floors.roles | {"timestamp": next_timestamp})
+        observer.publish(COMMAND, build_command(1, key=releases.order_key, floors=told))
+        wait_event(observer, "TRAINING_REFUSED", "only serves")
+        releases.release({"champion": versions[1]})
+        wait_event(observer, "FAILED", "timestamp version 4 is older than 5, told by the coordinator")
+        assert device.status()["version"] == 2
 
 
 def edge_agent(device: AgentProcess, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from edge_agent.config import load_agent_settings
 from models.contract.settings import SettingsError
-from tests.simulators.agent import REPOSITORY
+from tests.simulators.agent import REPOSITORY, find_free_port
 
 GOOD = 'device_id = "d"\nfleet = "f"\nmodel = "m"\nstate_dir = "state"\ntuf_root_path = "root.json"\n'
 
@@ -84,7 +84,10 @@ def test_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         (GOOD + "[samples]\nconsent = true\nmqtt_topic = 'fl/v1/f/offer'\n", "samples.mqtt_topic"),
         (GOOD + "[samples]\nconsent = true\nmqtt_topic = 'a'\n[broker]\nhost = 'b.example'\n", "cross a network"),
         (GOOD + "[federation]\nsuperlink = 'x'\nca_path = 'c'\nnode_key_path = 'k'\n", "federation.superlink"),
-        (GOOD + "[federation]\nsuperlink = 'x:1'\n", "ca_path"),
+        (GOOD + "[federation]\nsuperlink = 'x:1'\n", "node_key_path"),
+        (GOOD + "[federation]\nsuperlink = 'x:1'\nnode_key_path = 'k'\n", "needs a section .identity."),
+        (GOOD + "[broker]\ntls = true\n", "broker.tls needs a section .identity."),
+        (GOOD + "[broker]\nhost = 'b.example'\n", "broker.host"),
         (GOOD.replace('"d"', '"a/b"'), "device_id"),
         (GOOD.replace('"d"', "7"), "device_id"),
         ("device_id = ", "edge-agent.toml"),
@@ -99,14 +102,18 @@ def test_bad_settings_are_named(tmp_path: Path, text: str, named: str) -> None:
     ("text", "named"),
     [
         (None, "edge-agent.toml"),
+        (Path, "edge-agent.toml"),
         (GOOD + "unknown = 1\n", "unknown"),
         (GOOD + "[http]\nport = 'x'\n", "port"),
         (GOOD, "root.json"),
+        (GOOD + "[identity]\nca_path = 'ca.pem'\ncert_path = 'device.pem'\nkey_path = 'device.key'\n", "ca.pem"),
     ],
 )
-def test_command_ends_with_2_and_one_line(tmp_path: Path, text: str | None, named: str) -> None:
+def test_command_ends_with_2_and_one_line(tmp_path: Path, text: str | type[Path] | None, named: str) -> None:
     path = tmp_path / "edge-agent.toml"
-    if text is not None:
+    if text is Path:
+        path.mkdir()
+    elif text is not None:
         write(tmp_path, text)
     ended = run_agent(path)
     assert ended.returncode == 2
@@ -124,6 +131,17 @@ def test_port_that_is_taken_ends_the_agent_before_anything_starts(tmp_path: Path
     assert f"127.0.0.1:{port}" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
     assert [path.name for path in (tmp_path / "state").iterdir()] == [".lock"]
+
+
+def test_grpc_port_that_is_taken_ends_the_agent_before_it_answers(tmp_path: Path) -> None:
+    (tmp_path / "root.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        http = f"[http]\nport = {find_free_port()}\nuds = '{tmp_path / 's'}'\n"
+        ended = run_agent(write(tmp_path, f"{GOOD}{http}[grpc]\nport = {port}\n"))
+    assert ended.returncode == 2
+    assert f"grpc.port: 127.0.0.1:{port}" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
 
 
 def test_unix_socket_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from safetensors.numpy import load_file
 
+from fl_server.directory import Directory
 from fl_server.fleet.roster import Roster
 from fl_server.jobs import Jobs, JobState
 from fl_server.registry.registry import Registry
+from fl_server.rollout.repository import ReleaseRepository
 from fl_server.rounds.flower import list_nodes
 from models.contract.encoding import build_json
 from models.contract.envelope import RunNotice, WakeCommand, open_envelope
@@ -354,6 +356,11 @@ def test_run_goes_on_after_a_kill_of_the_coordinator_and_no_round_is_released_tw
     assert len(made) == len(set(made))
     assert [round_ for _, round_ in made] == [o["round"] for o in result["rounds"] if o["promoted"]]
     assert {command["run"] for command in device.wakes} == {result["run"]}
+    floors = ReleaseRepository(Directory(federation.directory)).build_floors()
+    told = [command["floors"]["roles"]["timestamp"] for command in device.wakes]
+    assert {floor["keys"] for floor in told} == {floors.roles["timestamp"].keys}
+    assert sorted(told, key=lambda floor: floor["version"]) == told
+    assert 1 < told[-1]["version"] <= floors.roles["timestamp"].version
 
 
 def test_killed_driver_is_started_again_and_missing_devices_are_woken_again(federation):

@@ -136,6 +136,23 @@ def test_round_that_moves_the_parameters_little_is_published_as_a_delta_to_the_c
     assert any(f"/blob/{delta.file.digest}/0" in topic for topic in broker.retained)
 
 
+def test_what_is_offered_has_its_statements_and_is_offered_though_they_cannot_be_written(federation, tmp_path):
+    shutil.copytree(federation, copy := tmp_path / "fed")
+    directory, broker = Directory(copy), Broker()
+    asyncio.run(open_releases(copy).release_folder(copy / "v1"))
+    folder = directory.registry_dir / "versions/wide/1"
+    (folder / "model.sig").unlink(missing_ok=True)
+    assert asyncio.run(open_releases(copy, broker).publish())
+    assert {"model.sig", "bom.cdx.json"} <= {path.name for path in folder.iterdir()}
+    assert directory.statement_public_key_path.is_file()
+
+    (folder / "model.sig").unlink()
+    directory.statement_key_path.write_text("no key")
+    assert asyncio.run(open_releases(copy, broker := Broker()).publish())
+    assert broker.retained
+    assert not (folder / "model.sig").exists()
+
+
 def test_round_counts_though_it_cannot_be_published_now(federation, tmp_path):
     class FullDisk(Broker):
         async def publish(self, *_, **__):

@@ -17,6 +17,8 @@ from scipy import stats
 from torch import nn
 
 from edge_agent import trainer
+from edge_agent.samples.cipher import open_cipher
+from edge_agent.training.local import LocalParameters, load_initial
 from edge_agent.training.onnx_engine import OnnxEngine
 from edge_agent.training.session import TrainingSession
 from edge_agent.training.step import Step
@@ -73,6 +75,12 @@ class Device:
                 key=self._orders.key.public_key(),
                 ledger=ledger,
                 updates=UpdateStore(self._directory / trainer.UPDATES_NAME),
+                local=LocalParameters(
+                    self._directory,
+                    self._manifest,
+                    load_initial(self._directory, self._manifest),
+                    open_cipher(bytes(32)),
+                ),
                 train=trainer._build_training(self._step, samples, self._manifest),
                 report=lambda _event: None,
                 now_s=lambda: NOW_S,

@@ -90,7 +90,9 @@ class Federation:
         self.config_path, self.log_path = directory / "fl-server.toml", directory / "coordinator.log"
         self.superlink_port = find_free_port()
         self.environment = {
+            "FL_SERVER_PROXY__USED": "false",
             "FL_SERVER_BROKER__PORT": str(broker_port),
+            "FL_SERVER_BROKER__TLS": "false",
             "FL_SERVER_SUPERLINK__PORT": str(self.superlink_port),
         }
         self.process: subprocess.Popen[bytes] | None = None

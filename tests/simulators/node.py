@@ -1,4 +1,4 @@
-"""A node process with a trivial handler: HOST:PORT CA KEY POLL_S IDLE_S BEHAVIOUR RELEASE_PATH.
+"""A node process with a trivial handler: HOST:PORT CA KEY POLL_S IDLE_S BEHAVIOUR RELEASE_PATH [CERT CERT_KEY].
 
 Prints "joined", then "answered ROUND" or "silent ROUND" for each message; "order SEQUENCE" on stderr.
 """
@@ -18,6 +18,7 @@ from flwr.proto.message_pb2 import ObjectTree, PushObjectResponse
 
 from edge_agent.errors import AgentError
 from edge_agent.training import node
+from models.contract.identity import Identity
 from models.tensors.uplink import encode_update
 
 
@@ -91,7 +92,7 @@ def turn_hostile(behaviour: str) -> None:
 
 
 def main() -> int:
-    address, ca, key, poll_s, idle_s, behaviour, release = sys.argv[1:]
+    address, ca, key, poll_s, idle_s, behaviour, release, *shown = sys.argv[1:]
     logging.basicConfig(level=logging.WARNING)
     turn_hostile(behaviour)
 
@@ -114,6 +115,7 @@ def main() -> int:
             superlink=address,
             ca_path=Path(ca),
             node_key_path=Path(key),
+            identity=Identity(ca_path=Path(ca), cert_path=Path(shown[0]), key_path=Path(shown[1])) if shown else None,
             poll_interval_s=float(poll_s),
             idle_timeout_s=float(idle_s),
             handle=handle,

@@ -19,6 +19,7 @@ from models.contract.encoding import build_digest
 from models.contract.manifest import (
     EVALUATE_NAME,
     GRAPH_NAMES,
+    INFERENCE_NAMES,
     MANIFEST_NAME,
     PARAMETERS_NAME,
     TRAIN_STEP_NAME,
@@ -26,6 +27,7 @@ from models.contract.manifest import (
     Delta,
     FileEntry,
     ModelManifest,
+    Runtime,
     TrainingContract,
     build_manifest,
     parse_manifest,
@@ -41,7 +43,6 @@ from tests.simulators.broker_memory import MemoryBroker
 
 FLEET, MODEL, DEVICE = "demo", "digits", "device-1"
 TRAITS = Traits(hardware="x86_64", runtimes=("onnx",), agent="1.2.0", region="north")
-INFERENCE_NAME = "inference.onnx"
 BIG = bytes(range(256)) * 1000  # 250 KiB: four chunks
 
 
@@ -64,11 +65,12 @@ class ReleaseServer:
         trains: bool = True,
         weights: bytes = b"",
         deltas: Mapping[bytes, bytes] | None = None,
+        runtime: Runtime = "onnx",
     ) -> Path:
         """Return the folder of a new version; `deltas` are by the weights that each is said to lead from."""
         directory = self.directory.path / "versions" / model / str(number)
         directory.mkdir(parents=True)
-        contents = {INFERENCE_NAME: inference, PARAMETERS_NAME: b"float parameters %d" % number}
+        contents = {INFERENCE_NAMES[runtime]: inference, PARAMETERS_NAME: b"float parameters %d" % number}
         if weights:
             contents |= {WEIGHTS_NAME: weights}
         if trains:
@@ -81,7 +83,7 @@ class ReleaseServer:
         manifest = ModelManifest(
             model=model,
             version=number,
-            runtime="onnx",
+            runtime=runtime,
             inputs=(TensorSpec("x", ("batch", 2), "float32"),),
             outputs=(TensorSpec("y", ("batch", 2), "float32"),),
             files={name: _describe(data) for name, data in contents.items()},

@@ -28,6 +28,7 @@ from fl_server.rounds.flower import register_nodes
 from fl_server.rounds.rule import MEAN, Aggregation
 from fl_server.rounds.run import RunSpec, create_run
 from fl_server.rounds.superlink_command import superlink_command
+from models.contract.identity import Identity
 from models.contract.privacy import PrivacyPlan, TrainingPlan, Unit, Uplink
 from models.tensors.layout import Layout
 
@@ -223,19 +224,31 @@ class Fleet:
         self._processes: list[Process] = []
 
     def start_node(
-        self, device_id: str, *, behaviour: str = "one", poll_s: float = 0.2, idle_timeout_s: float = 120, key: str = ""
+        self,
+        device_id: str,
+        *,
+        behaviour: str = "one",
+        poll_s: float = 0.2,
+        idle_timeout_s: float = 120,
+        key: str = "",
+        address: str = "",
+        identity: Identity | None = None,
     ) -> Process:
-        """Start a node that adds its behaviour's update; see node.py beside this file."""
+        """Start a node that adds its behaviour's update; see node.py beside this file.
+
+        It dials the SuperLink, or the proxy at `address` with `identity`.
+        """
         return self._start(
             [
                 str(NODE_PROGRAM),
-                self.superlink.address,
+                address or self.superlink.address,
                 str(self.superlink.ca_path),
                 str(self.superlink.node_keys[key or device_id]),
                 str(poll_s),
                 str(idle_timeout_s),
                 behaviour,
                 str(self.directory / f"{device_id}.release"),
+                *([] if identity is None else [str(identity.cert_path), str(identity.key_path)]),
             ],
             self.directory / f"{device_id}.log",
         )

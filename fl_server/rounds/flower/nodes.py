@@ -60,6 +60,19 @@ def unregister_nodes(address: str, ca_path: Path, node_ids: Iterable[int]) -> No
             control.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
 
 
+def unregister_others(address: str, ca_path: Path, public_keys: Iterable[bytes]) -> None:
+    """Exclude every node whose key is none of `public_keys`, as that of a device that was given another key is.
+
+    Raises:
+        SessionLostError: The SuperLink at `address` does not answer.
+        ValueError: A key cannot be read.
+    """
+    wanted = {_convert_to_pem(key) for key in public_keys}
+    unregister_nodes(
+        address, ca_path, [node for key, node in list_nodes(address, ca_path).items() if key not in wanted]
+    )
+
+
 def _convert_to_pem(key: bytes) -> bytes:
     public_key = load_pem_public_key(key) if key.lstrip().startswith(b"-----") else load_ssh_public_key(key)
     return public_key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)

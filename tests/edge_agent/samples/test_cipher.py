@@ -1,5 +1,8 @@
 """Both libraries make the same bytes, and what was changed does not open."""
 
+import subprocess
+import sys
+
 import pytest
 
 from edge_agent.samples.cipher import (
@@ -61,6 +64,16 @@ def test_what_was_changed_does_not_open(change: str) -> None:
                 sealed = b""
         with pytest.raises(TagError):
             cipher.decrypt(nonce, sealed, associated)
+
+
+@pytest.mark.parametrize(("first", "used"), [("pass", "LoadedCipher"), ("import cryptography", "PackagedCipher")])
+def test_the_library_that_is_loaded_already_is_used(first: str, used: str) -> None:
+    program = (
+        f"{first}; from edge_agent.samples.cipher import open_cipher; print(type(open_cipher(bytes(32))).__name__)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout.decode().strip() == used
+    )
 
 
 def test_key_or_nonce_of_another_length_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Weights that come as a delta to those in a slot, and whole wherever that does not give what was signed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from models.contract.encoding import build_digest
 from models.contract.messages import EventKind
 from models.tensors.delta import build_delta
 from tests.simulators.broker_memory import MemoryBroker
-from tests.simulators.releases import Device, ReleaseServer
+from tests.simulators.releases import TRAITS, Device, ReleaseServer
 
 OLD = np.random.default_rng(0).integers(0, 256, 200_000, np.uint8).tobytes()
 NEW = (np.frombuffer(OLD, np.uint8) + np.random.default_rng(1).integers(-1, 2, len(OLD)).astype(np.uint8)).tobytes()
@@ -143,6 +144,19 @@ def test_bit_flipped_in_the_weights_brings_back_the_previous_version_and_is_no_b
     assert again.receive(offer)[-1] is EventKind.UPDATED
     assert "weights.bin in slot b is damaged; version 1 serves" in again.events[0][1]
     assert again.serving == TEMPLATE + NEW
+
+
+@pytest.mark.parametrize("delta", [DELTA, b"no delta at all"], ids=["genuine", "junk"])
+def test_tflite_graph_comes_as_a_delta_to_the_whole_one_in_a_slot(
+    tmp_path: Path, broker: MemoryBroker, server: ReleaseServer, delta: bytes
+) -> None:
+    device = Device(tmp_path / "device", broker, server.root, traits=replace(TRAITS, runtimes=("tflite",)))
+    device.receive(server.release(server.write_version(1, OLD, runtime="tflite")))
+    broker.reads.clear()
+    device.receive(server.release(server.write_version(2, NEW, runtime="tflite", deltas={OLD: delta})))
+    assert device.serving == NEW
+    assert has_read(broker, delta)
+    assert has_read(broker, NEW) == (delta != DELTA)
 
 
 def test_version_whose_graph_holds_its_weights_is_followed_by_one_that_does_not(

@@ -1,6 +1,7 @@
 """What a device never accepts again, whatever was wiped and whatever the clock says."""
 
 import shutil
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import pytest
 
 from edge_agent.errors import StalledError
 from edge_agent.updates.fetcher import open_offer
+from edge_agent.updates.told_floors import keep_told, load_floors
 from fl_server.directory import Directory
 from fl_server.rollout.repository import ReleaseRepository
 from fl_server.rollout.trust import ONLINE_ROLES, Rotation
+from models.contract.floors import Floor, Floors
 from models.contract.offer import build_offer, parse_offer
 from tests.simulators.broker_memory import MemoryBroker
 from tests.simulators.releases import ReleaseServer
@@ -92,6 +95,39 @@ def test_new_root_holds_even_if_the_rest_of_its_offer_is_refused(
     for offer in (build_offer(parse_offer(stolen) | {"2.root.json": root}), stolen):
         with pytest.raises(StalledError, match="timestamp was signed by 0/1 keys"):
             open_offer(offer, root=server.root, trust_dir=trust_dir)
+
+
+def test_floors_that_a_command_told_hold_for_a_wiped_device_and_never_fall(
+    tmp_path: Path, server: ReleaseServer, trust_dir: Path
+) -> None:
+    old = server.release(server.write_version(1, b"one"))
+    before = server.repository.build_floors()
+    server.repository.renew(ONLINE_ROLES, now=server.now + MONTH)
+    told_path = tmp_path / "told.json"
+    for floors in (server.repository.build_floors(), before):
+        keep_told(told_path, floors)
+        with pytest.raises(StalledError, match="told by the coordinator"):
+            open_offer(old, root=server.root, trust_dir=trust_dir, told=(told_path,))
+    server.repository.renew(("timestamp",), now=server.now)  # newer, and valid by this machine's clock alone
+    with pytest.raises(StalledError, match=r"is expired"):
+        open_offer(build(server.repository), root=server.root, trust_dir=trust_dir, told=(told_path,))
+    server.repository.renew(ONLINE_ROLES, now=server.now + MONTH)
+    open_offer(build(server.repository), root=server.root, trust_dir=trust_dir, told=(told_path,))
+
+
+def test_floors_that_a_thief_told_bind_nobody_once_the_online_keys_are_replaced(
+    tmp_path: Path, server: ReleaseServer, trust_dir: Path
+) -> None:
+    genuine = server.repository.build_floors()
+    roles = {role: replace(floor, version=10**6) for role, floor in genuine.roles.items()}
+    roles |= {role: Floor(version=10**6, keys="0" * 64) for role in ("root", "targets", "graphs")}
+    keep_told(told_path := tmp_path / "told.json", Floors(roles=roles, signed_at=server.now + 100 * MONTH))
+    with pytest.raises(StalledError, match="is older than 1000000"):
+        open_offer(build(server.repository), root=server.root, trust_dir=trust_dir, told=(told_path,))
+    server.repository.rotate(Rotation(roles=ONLINE_ROLES), now=server.now)
+    open_offer(build(server.repository), root=server.root, trust_dir=trust_dir, told=(told_path,))
+    keep_told(told_path, server.repository.build_floors())
+    assert load_floors(told_path) == server.repository.build_floors()
 
 
 def test_floors_that_cannot_be_read_are_not_taken_for_none(server: ReleaseServer, trust_dir: Path) -> None:

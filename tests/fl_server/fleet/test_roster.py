@@ -1,11 +1,12 @@
 import os
 import signal
+import time
 from dataclasses import replace
 
 import pytest
 
 from fl_server.fleet import roster as module
-from fl_server.fleet.roster import Roster, RosterError
+from fl_server.fleet.roster import CERTIFICATES_MAX, Roster, RosterError
 from models.contract.messages import Event, EventKind, Status, Telemetry
 
 
@@ -145,3 +146,12 @@ def test_telemetry_keeps_the_last_value(roster):
             "device-1", Telemetry(id=str(uptime_s), sent_at=1.0, uptime_s=uptime_s, rss_mb=60.0, model="digits")
         )
     assert roster.list_devices()[0].telemetry.uptime_s == 2.0
+
+
+def test_device_that_asks_for_certificates_without_end_gets_no_more(roster):
+    enroll(roster, "device-1")
+    ends = time.time() + 3600
+    for serial in range(CERTIFICATES_MAX):
+        roster.save_certificate("device-1", serial, ends)
+    with pytest.raises(RosterError, match="no more are issued"):
+        roster.save_certificate("device-1", CERTIFICATES_MAX, ends)

@@ -17,6 +17,7 @@ from fl_server.packaging.tflite import PYTHON_VARIABLE, TfliteExporter, build_ex
 from models.contract.encoding import build_digest
 from models.contract.manifest import Lineage, parse_manifest
 from models.definitions.digits import build_module
+from models.tensors.delta import apply_delta
 from models.tensors.spec import TensorSpec
 
 needs_exporter = pytest.mark.skipif(
@@ -76,13 +77,13 @@ def definitions_path(tmp_path):
     return path
 
 
-def package(exported, exporter, out_dir, measure=lambda inference, exact: None):
+def package(exported, exporter, out_dir, measure=lambda inference, exact: None, *, parameters=None, running=()):
     return package_version(
         exported.architecture,
-        parameters=exported.build_parameters(0),
+        parameters=parameters or exported.build_parameters(0),
         version=1,
         calibration=np.concatenate([exported.build_data(seed)[0] for seed in range(8)]),
-        tools=Tools(measure=measure, tflite=exporter),
+        tools=Tools(measure=measure, tflite=exporter, running=running),
         lineage=Lineage(),
         privacy=None,
         out_dir=out_dir,
@@ -116,8 +117,18 @@ def test_litert_version_names_its_tensors_as_the_definition_and_stays_close_to_t
     sizes = {name: getattr(manifest.measured, name).size_bytes for name in ("float32", "int8")}
     assert sizes[manifest.measured.packaged] == min(sizes.values()) == len(path.read_bytes())
 
-    again = package(exported, build_exporter(f"{definitions_path}:mlp"), tmp_path / "2")
+    exporter, running = build_exporter(f"{definitions_path}:mlp"), (tmp_path / "1",)
+    again = package(exported, exporter, tmp_path / "2", running=running)
     assert again.files == manifest.files, "the same parameters and calibration give the same bytes"
+    assert again.deltas == ()
+
+    moved = {name: (array * 1.0005).astype(np.float32) for name, array in exported.build_parameters(0).items()}
+    (delta,) = package(exported, exporter, tmp_path / "3", parameters=moved, running=running).deltas
+    assert delta.base == manifest.files["inference.tflite"].digest
+    rebuilt = apply_delta(
+        path.open("rb"), (tmp_path / "3" / delta.name).read_bytes(), size_bytes=path.stat().st_size, block_bytes=1000
+    )
+    assert b"".join(rebuilt) == (tmp_path / "3/inference.tflite").read_bytes()
 
 
 @needs_exporter

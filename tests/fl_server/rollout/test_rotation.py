@@ -200,6 +200,23 @@ def test_signer_that_is_away_keeps_its_own_role_from_being_signed_and_no_other(
         )
 
 
+@pytest.mark.parametrize("scheme", ["file2", "service"])
+def test_root_is_signed_by_two_keys_though_the_third_is_away(
+    tmp_path: Path, repository: ReleaseRepository, root: bytes, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    monkeypatch.setitem(SIGNER_FOR_URI_SCHEME, "service", KeyService)
+    first = repository.describe()[0].keys[0].keyid
+    token = create_token(tmp_path, scheme)
+    repository.rotate(Rotation(roles=("root",), keyid=first, signer=token), now=NOW)
+    (tmp_path / "token.pem").unlink()
+    later = NOW + timedelta(days=300)
+    assert repository.refresh_expiring(later) == ()
+    assert repository.describe()[0].expires > later + timedelta(days=300)
+    away = next(key.keyid for key in repository.describe()[0].keys if key.place == token[0])
+    repository.rotate(Rotation(roles=("root",), keyid=away), now=later)
+    assert open_on_device(repository, root, tmp_path / "trust")
+
+
 def test_damaged_metadata_is_named(directory: Directory, repository: ReleaseRepository) -> None:
     for data in (b"", b"{}", b"not json"):
         (directory.tuf_dir / "1.snapshot.json").write_bytes(data)

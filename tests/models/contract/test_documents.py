@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from models.contract.encoding import build_canonical, build_json, parse_json
 from models.contract.envelope import RunNotice, TrainOrder, WakeCommand, build_envelope, open_envelope
 from models.contract.errors import ContractError, EnvelopeError, MalformedError
+from models.contract.floors import TOLD_ROLES, Floor, Floors
 from models.contract.ledger import SPENT_MAX, LedgerHead, Spent, add_up, find_missing, take_larger
 from models.contract.manifest import (
     WEIGHTS_NAME,
@@ -56,6 +58,10 @@ PRIVACY = PrivacyPlan(
 )
 TRAINING = TrainingPlan(rounds=6, steps=20, expected_batch=Decimal(16), learning_rate=Decimal("0.5"))
 HEADER = {"fleet": "demo", "audience": "device-1", "sequence": 7, "issued_at": NOW_S, "expires_at": NOW_S + 60}
+FLOORS = Floors(
+    roles={role: Floor(version=2**31, keys="d" * 64) for role in TOLD_ROLES},
+    signed_at=datetime(2026, 11, 24, tzinfo=UTC),
+)
 LEDGER = LedgerHead(
     entries=3,
     digest="c" * 64,
@@ -146,7 +152,13 @@ DOCUMENTS: dict[str, tuple[bytes, Callable[[bytes], Any], Any]] = {
     "wake_command": (
         build_canonical(
             wake := WakeCommand(
-                **HEADER, model="digits", run="run-1", poll_interval_ms=200, idle_timeout_s=60, ledger=LEDGER
+                **HEADER,
+                model="digits",
+                run="run-1",
+                poll_interval_ms=200,
+                idle_timeout_s=60,
+                ledger=LEDGER,
+                floors=FLOORS,
             )
         ),
         lambda data: parse_json(data, WakeCommand),
@@ -395,6 +407,10 @@ def test_weights_and_the_deltas_that_lead_to_them_travel_in_the_manifest_and_lea
             {"runtime": "tflite", "training": None, "files": {"inference.tflite": delta.file, **files}},
             "only an ONNX graph has its weights outside",
         ),
+        (
+            {"runtime": "tflite", "training": None, "files": {"inference.tflite": delta.file}},
+            "a delta of 300 bytes leads to inference.tflite of 300 bytes",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             dataclasses.replace(split, **changes)
@@ -442,6 +458,12 @@ def test_the_largest_ledger_fits_into_a_command() -> None:
         for z in range(SPENT_MAX)
     )
     wake = WakeCommand(
-        **HEADER, model="m" * 64, run="r" * 64, poll_interval_ms=200, idle_timeout_s=60, ledger=LedgerHead(spent=spent)
+        **HEADER,
+        model="m" * 64,
+        run="r" * 64,
+        poll_interval_ms=200,
+        idle_timeout_s=60,
+        ledger=LedgerHead(spent=spent),
+        floors=FLOORS,
     )
     assert len(build_envelope(wake, KEY)) <= MESSAGE_MAX_BYTES

@@ -1,0 +1,1 @@
+"""What the coordinator answers over HTTPS, on the loopback behind the proxy."""

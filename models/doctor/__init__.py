@@ -1,0 +1,1 @@
+"""What `edge-agent doctor` and `fl-server doctor` both look at."""
