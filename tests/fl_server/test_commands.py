@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from fl_server.__main__ import build_parser
 from fl_server.registry.registry import Registry
 from models.contract.manifest import build_manifest, parse_manifest
-from tests.simulators.federation import DEFINITION, SOLUTION, Federation, run_command
+from tests.simulators.federation import BIAS, DEFINITION, SOLUTION, Federation, run_command
 
 COMMANDS = ["init", "run", "enroll", "revoke", "devices", "package", "release", "rollout", "rollback", "train"]
 
@@ -97,7 +97,7 @@ def test_refusals_are_one_line(federation, tmp_path):
 def test_version_that_is_worse_on_the_held_out_data_is_not_rolled_out(federation, tmp_path):
     """Whatever its manifest says: the federation's own data decide."""
     v1, right = federation.directory / "v1", tmp_path / "right.safetensors"
-    save_file({"weight": SOLUTION[:8].reshape(2, 4), "bias": SOLUTION[8:]}, right)
+    save_file({"weight": SOLUTION.reshape(2, 4), "bias": BIAS}, right)
     definition = f"{federation.directory / 'sides.py'}:definition"
     out = tmp_path / "v2"
     with Registry(federation.directory / "registry") as registry:

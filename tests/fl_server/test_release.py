@@ -179,12 +179,12 @@ def test_damaged_version_keeps_no_other_from_the_fleet(federation, tmp_path):
     broker.retained.clear()
     (Directory(copy).registry_dir / "versions/wide/9/manifest.json").write_bytes(b"damaged")
     assert publish() == 9
-    releases.promote("wide", 1)
+    asyncio.run(releases.promote("wide", 1))
     assert publish() == 1
     for name, version in (("manifest.json", 9), ("inference.onnx", 1)):
         (Directory(copy).registry_dir / f"versions/wide/{version}/{name}").write_bytes(b"damaged")
         with pytest.raises(ServerError, match="restore it"):
-            releases.promote("wide", version)
+            asyncio.run(releases.promote("wide", version))
 
 
 @pytest.mark.skipif(

@@ -24,7 +24,7 @@ from models.contract.offer import parse_offer
 from models.contract.privacy import PrivacyStatement, Unit
 from models.contract.terms import ProbationRules, Split
 from models.contract.wave import Requirements, Traits
-from tests.simulators.federation import MODEL, SOLUTION
+from tests.simulators.federation import BIAS, MODEL, SOLUTION
 
 CANARY_FIRST = RolloutPlan(waves=(Decimal(0), Decimal(100)), devices=("canary",))
 DEVICES = ("canary", "kitchen", "shed")
@@ -280,7 +280,7 @@ def test_requirements_are_signed_as_long_as_the_version_is_released_and_others_r
 
 def test_round_of_a_run_is_not_released_beside_a_rollout(coordinator, path):
     def consider(number):
-        parameters = {"weight": SOLUTION[:8].reshape(2, 4), "bias": SOLUTION[8:]}
+        parameters = {"weight": SOLUTION.reshape(2, 4), "bias": BIAS}
         privacy = PrivacyStatement(
             unit=Unit.SAMPLE,
             epsilon=Decimal(1),
