@@ -31,6 +31,7 @@ from fl_server.errors import ServerError
 from fl_server.fleet.enrolment import Federation
 from fl_server.fleet.roster import Roster
 from fl_server.proxy.files import save_proxy_files
+from models.contract.floors import Floors
 from models.contract.identity import Identity
 from tests.simulators.waiting import wait_until
 
@@ -131,6 +132,7 @@ class Proxy:
             renewal=self.settings.fleet_address,
             ca=self.directory.ca_path.read_bytes(),
             tuf_root=b'{"signed": {}}',
+            floors=Floors(roles={}, signed_at=dt.datetime.now(dt.UTC)),
         )
 
 
