@@ -15,8 +15,8 @@ from typing import Literal, Protocol
 from edge_agent.config import AgentSettings
 from edge_agent.errors import StalledError
 from edge_agent.monitor import machine
-from edge_agent.owner import load_privacy_report
-from edge_agent.training.admission import Conditions, find_refusal
+from edge_agent.owner import build_report, load_entries
+from edge_agent.training.admission import NOT_NOW, Conditions, find_refusal
 from models.contract.encoding import build_json, parse_json
 from models.contract.errors import MalformedError
 from models.contract.files import save_atomically
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 2.0  # between two looks while a process trains
 LOOK_S = 1.0  # over which the load is taken before one starts
-PAUSE_S = 60.0  # after an end, or a machine at its limit would start and end one every few seconds
+PAUSE_S = 30.0  # after an end, or a machine at its limit would start and end one every few seconds
 
 
 class Samples(Protocol):
@@ -77,7 +77,7 @@ class Gatekeeper:
     async def find_refusal(self, run: str) -> str | None:
         """Return why no process of `run` may start now; None if one may. At most LOOK_S s, and only where load matters."""
         if self._clock() < self._closed_until:
-            return "its owner needed it a moment ago"
+            return NOT_NOW
         before = machine.read_processor_times(self._root)
         if self._allowed.max_load < 1:
             await asyncio.sleep(LOOK_S)
@@ -104,7 +104,7 @@ class Gatekeeper:
             self._newest = self._samples.find_newest()
             if self._last.run != run:  # a process of the same run that starts again trains on the same
                 now = replace(now, new_samples=self._samples.count(after=self._last.newest))
-        return find_refusal(self._allowed, now) or self._find_spent()
+        return find_refusal(self._allowed, now) or self._find_spent(run)
 
     def _measure(self, before: machine.ProcessorTimes | None) -> Conditions:
         local = time.localtime()
@@ -117,12 +117,18 @@ class Gatekeeper:
             minute=60 * local.tm_hour + local.tm_min,
         )
 
-    def _find_spent(self) -> str | None:
-        """Return that nothing is left of the budget; what a round costs is only known once its order is there."""
+    def _find_spent(self, run: str) -> str | None:
+        """Return that nothing is left of the budget, unless `run` was paid before: it may go on at no further cost.
+
+        What a round costs is only known once its order is there; the ledger then decides.
+        """
         try:
-            report = load_privacy_report(self._settings)
+            entries = load_entries(self._settings)
         except StalledError as error:
             return str(error)
+        if any(entry.run == run for entry in entries):
+            return None
+        report = build_report(entries, self._settings.privacy)
         lefts = [each.left for each in report.spent if each.model == self._settings.model]
         return "its privacy budget is spent" if min([report.total_left, *lefts]) <= 0 else None
 

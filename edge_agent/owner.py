@@ -112,6 +112,11 @@ class PrivacyReport:
 
 def load_privacy_report(settings: AgentSettings) -> PrivacyReport:
     """Return what the ledger on disk says; raises StalledError if it is damaged."""
+    return build_report(load_entries(settings), settings.privacy)
+
+
+def load_entries(settings: AgentSettings) -> "tuple[Entry, ...]":
+    """Return the entries of the ledger on disk, oldest first; raises StalledError if it is damaged."""
     # Here, since only an owner who asks needs the accountant.
     from edge_agent.training.ledger import parse_ledger
 
@@ -120,7 +125,7 @@ def load_privacy_report(settings: AgentSettings) -> PrivacyReport:
     except FileNotFoundError:
         data = b""
     whole_lines = data[: data.rfind(b"\n") + 1]  # the training process may be writing one
-    return _build_report(parse_ledger(whole_lines)[0], settings.privacy)
+    return parse_ledger(whole_lines)[0]
 
 
 def parse_privacy_report(data: bytes) -> PrivacyReport:
@@ -182,7 +187,8 @@ def _describe_steps(line: LedgerLine) -> str:
     return f"unit device, all {line.steps} rounds of the run" if line.steps else "unit device, already paid"
 
 
-def _build_report(entries: "Sequence[Entry]", limits: PrivacySettings) -> PrivacyReport:
+def build_report(entries: "Sequence[Entry]", limits: PrivacySettings) -> PrivacyReport:
+    """Return what `entries`, oldest first, come to under the owner's `limits`."""
     from edge_agent.training.budget import compute_total
 
     spent = []

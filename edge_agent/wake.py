@@ -74,6 +74,8 @@ class TrainingDesk:
             except (EnvelopeError, StalledError) as error:
                 self._reporter.tell(EventKind.ORDER_REFUSED, str(error))
                 return
+            if self._supervisor.run == command.run:
+                return  # asked whether it may start, it could be refused for what it causes itself
             try:
                 job = await asyncio.to_thread(self._build_job, command)
                 if reason := await self._gatekeeper.find_refusal(command.run):

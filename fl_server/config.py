@@ -101,6 +101,7 @@ class RoundsSettings:
     Attributes:
         deadline_s: Of one round, from its first message to its last accepted update.
         join_timeout_s: How long a run waits for the devices it woke.
+        offline_grace_s: How long a round waits for a device that the broker lost; devices take up to 60 s to come back.
         quorum: Least share of the woken devices whose updates make a round; in (0, 1].
         idle_timeout_s: After how long without a message a device's training process ends.
         poll_budget_per_s: Requests a second that all training processes together may send.
@@ -108,6 +109,7 @@ class RoundsSettings:
 
     deadline_s: float = 60.0
     join_timeout_s: float = 60.0
+    offline_grace_s: float = 75.0
     quorum: float = 0.5
     idle_timeout_s: int = 60
     poll_budget_per_s: float = 40.0
@@ -115,8 +117,8 @@ class RoundsSettings:
     def __post_init__(self) -> None:
         if not 0 < self.quorum <= 1:
             raise ValueError(f"quorum is {self.quorum}, must be in (0, 1]")
-        if min(self.deadline_s, self.join_timeout_s, self.poll_budget_per_s) <= 0:
-            raise ValueError("deadline_s, join_timeout_s and poll_budget_per_s must be > 0")
+        if min(self.deadline_s, self.join_timeout_s, self.offline_grace_s, self.poll_budget_per_s) <= 0:
+            raise ValueError("deadline_s, join_timeout_s, offline_grace_s and poll_budget_per_s must be > 0")
         if not 1 <= self.idle_timeout_s <= 86_400:
             raise ValueError(f"idle_timeout_s is {self.idle_timeout_s}, must be in 1..86400")
 

@@ -245,6 +245,8 @@ class Coordinator:
                         await self._run.wake_absent(only=item.device_id)
                     if self._run and item.before and item.before.online and not status.online:
                         self._run.note_offline(item.device_id)
+                    elif self._run and status.online:
+                        self._run.note_online(item.device_id)
                 case Event() as event:
                     told.setdefault(item.device_id, []).append(event.id)
                     if item.is_new:

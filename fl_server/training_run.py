@@ -43,7 +43,7 @@ from models.tensors.layout import Vector
 OUTCOME_NAME = "outcome.json"
 DRIVER_RESTARTS = 5  # of one that was killed, without a completed round between; one that reports an error has ended
 DRIVER_PAUSE_S = 1.0
-OFFLINE_GRACE_S = 10.0  # a broker that restarts says that of all, and they come back; what they train goes on meanwhile
+REWAKE_S = 35.0  # beyond the pause of a device after it ended training for its owner's sake
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +102,9 @@ class TrainingRun:
         self._spec: rounds.RunSpec | None = None
         self._absent: set[str] = set()
         self._woken_again: set[str] = set()  # in the round under way, since their training process ended
+        self._started: dict[str, float] = {}  # when each device's newest training process joined, by its own clock, s
+        self._losing: dict[str, asyncio.Task[None]] = {}  # whom the broker lost
+        self._waking: dict[str, asyncio.Task[None]] = {}  # in the round under way, once they may have the time again
         self._driver: Process | None = None
         self._round = 1  # under way
 
@@ -119,6 +122,10 @@ class TrainingRun:
             await asyncio.to_thread(discard_updates, self._run_dir)
             await self._services.announcer.announce(spec, is_open=False)
             raise
+        finally:
+            self._spec = self._driver = None  # what is noted from now on is of no concern
+            for task in (*self._losing.values(), *self._waking.values()):
+                task.cancel()
         await self._services.announcer.announce(spec, is_open=False)
         outcomes = tuple(self._load_outcome(number) for number in range(1, spec.training.rounds + 1))
         return RunResult(
@@ -135,24 +142,49 @@ class TrainingRun:
             await self._services.announcer.wake(self._spec, self._absent if only is None else self._absent & {only})
 
     async def note(self, device_id: str, event: DeviceEvent) -> None:
-        """Tell who follows the run why a device does not take part; wake it if its training process has ended."""
+        """Tell who follows the run why a device does not take part; wake it again, at once if its process has ended."""
         if event.run != self._run or self._spec is None or device_id not in self._spec.devices:
             return
+        if event.kind is EventKind.TRAINING_STARTED:
+            self._started[device_id] = max(event.sent_at, self._started.get(device_id, 0))
+            self._absent.discard(device_id)
         if event.kind in (EventKind.TRAINING_REFUSED, EventKind.ORDER_REFUSED):
             self._say(f"{device_id}: {event.message}")
-        if event.kind in (EventKind.TRAINING_REFUSED, EventKind.TRAINING_ENDED):
-            self._tell_gone(device_id, event.round or self._round)
+        if event.kind not in (EventKind.TRAINING_REFUSED, EventKind.TRAINING_ENDED):
+            return
+        if event.sent_at < self._started.get(device_id, 0):
+            return  # of a process before the one that trains now: it was long on its way
+        self._tell_gone(device_id, event.round or self._round)
+        self._absent.add(device_id)
+        if device_id not in self._waking:
+            self._waking[device_id] = asyncio.create_task(self._wake_later(device_id))
         if event.kind is EventKind.TRAINING_ENDED and device_id not in self._woken_again:
             self._woken_again.add(device_id)  # once a round: one that cannot live would be started for ever
             await self._services.announcer.wake(self._spec, {device_id})
 
     def note_offline(self, device_id: str) -> None:
-        """Let the round under way wait for the others alone, unless the device is back in a moment."""
-        asyncio.get_running_loop().call_later(OFFLINE_GRACE_S, self._tell_if_away, device_id, self._round)
+        """Let the round under way wait for the others alone, unless the device is back in time."""
+        self.note_online(device_id)
+        if self._driver is None:
+            return
+        self._losing[device_id] = asyncio.create_task(self._lose(device_id, self._round))
 
-    def _tell_if_away(self, device_id: str, number: int) -> None:
-        if device_id not in {device.device_id for device in self._services.roster.list_devices() if device.may_train}:
-            self._tell_gone(device_id, number)
+    def note_online(self, device_id: str) -> None:
+        """Wait for the device as for any other: a broker that restarts says of all that they are away."""
+        if task := self._losing.pop(device_id, None):
+            task.cancel()
+
+    async def _lose(self, device_id: str, number: int) -> None:
+        await asyncio.sleep(self._services.settings.rounds.offline_grace_s)
+        self._tell_gone(device_id, number)
+
+    async def _wake_later(self, device_id: str) -> None:
+        await asyncio.sleep(REWAKE_S)
+        await self.wake_absent(only=device_id)
+
+    def _begin_wakes(self) -> None:
+        self._woken_again.clear()
+        self._waking = {device_id: task for device_id, task in self._waking.items() if not task.done()}
 
     def _tell_gone(self, device_id: str, number: int) -> None:
         if self._driver is not None and self._driver.stdin is not None:
@@ -246,7 +278,7 @@ class TrainingRun:
                 # Of unit device all are woken alike: what travels must not tell who took part.
                 seen = set(event.accepted) if spec.privacy.unit is Unit.SAMPLE else set()
                 self._absent = set(spec.devices) - seen
-                self._woken_again.clear()
+                self._begin_wakes()
                 await self.wake_absent()
                 await self._conclude(spec, event)
             case UpdateRefused():
@@ -256,7 +288,7 @@ class TrainingRun:
                 keep_spooled(self._services.roster, spec, self._run_dir, event.round)
                 self._say(f"round {event.round} was abandoned: {event.reason}")
                 self._absent = set(spec.devices)
-                self._woken_again.clear()
+                self._begin_wakes()
                 await self.wake_absent()
 
     async def _conclude(self, spec: rounds.RunSpec, event: RoundCompleted) -> None:

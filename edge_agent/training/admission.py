@@ -1,7 +1,8 @@
 """Whether this machine may train now: what was measured against what its owner allows.
 
-Pure. Reasons leave the device, so that they name the owner's key and no measurement; what depends on private samples
-is not even named.
+Pure. Reasons leave the device, so that they name the owner's key and no measurement. Load, the pause after an end and
+new samples, which tell what the owner does, share one text. It still says that one of them refused, and an owner who
+bounds samples alone has told which.
 """
 
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def find_refusal(allowed: TrainingSettings, now: Conditions) -> str | None:
             "its battery is too low (training.min_battery)",
         ),
         (_exceeds(now.temperature_c, allowed.max_temperature_c), "it is too hot (training.max_temperature_c)"),
-        (_exceeds(now.load, allowed.max_load), "its owner needs it (training.max_load)"),
+        (_exceeds(now.load, allowed.max_load), NOT_NOW),
         (now.metered and not allowed.allow_metered, "its network is metered (training.allow_metered)"),
         (not is_within(allowed.minutes, now.minute), "it trains at other hours (training.hours)"),
         (now.new_samples is not None and now.new_samples < allowed.min_new_samples, NOT_NOW),

@@ -4,7 +4,8 @@ r"""Parameters that never leave this device: what the newest round began with he
 
 A round that is trained once more, because its update was lost, begins with what it began with the first time. Values
 of another architecture, or sealed with a key that is gone, do not open: the version's own are where training begins
-then. What the owner forgets takes the folder along, and a round that is under way has nowhere to keep what it learnt.
+then. So they are for a run of another privacy unit: values that were learnt without noise on them would be in what a run
+of unit `sample` shares. What the owner forgets takes the folder along, and a round that is under way has nowhere to keep what it learnt.
 """
 
 import logging
@@ -19,6 +20,7 @@ from edge_agent.errors import StalledError, TransientError
 from models.contract.encoding import build_canonical, build_digest
 from models.contract.files import save_atomically, sync_directory
 from models.contract.manifest import LOCAL_NAME, ModelManifest
+from models.contract.privacy import Unit
 from models.tensors.layout import Vector, build_vector_bytes, parse_vector_bytes
 
 _log = logging.getLogger(__name__)
@@ -61,8 +63,8 @@ class LocalParameters:
         kind = build_canonical({"model": manifest.model, "step": manifest.step_digest, "local": list(contract.local)})
         self._associated = b"edge-fl local parameters 1\0" + build_digest(kind).encode()
 
-    def begin(self, run: str, number: int) -> Vector:
-        """Return what round `number` of `run` begins with; to be called before a sample is read.
+    def begin(self, run: str, number: int, unit: Unit) -> Vector:
+        """Return what round `number` of `run`, of `unit`, begins with; to be called before a sample is read.
 
         Raises:
             StalledError: The disk fails.
@@ -76,9 +78,9 @@ class LocalParameters:
             return self._initial
         except OSError as error:
             raise StalledError(f"{self._path}: {error.strerror}") from error
-        opened = self._open(sealed)
+        opened = self._open(sealed, unit)
         if opened is None:
-            _log.warning("%s is of another architecture or key: local parameters begin anew", self._path)
+            _log.warning("%s is of another architecture, unit or key: local parameters begin anew", self._path)
             return self._initial
         round_name, before, after = opened
         return before if round_name == _name_round(run, number) else after
@@ -91,12 +93,13 @@ class LocalParameters:
         whole[self.is_local], whole[~self.is_local] = begun, shared
         return whole
 
-    def keep(self, run: str, number: int, begun: Vector, moved: Vector) -> Vector:
+    def keep(self, run: str, number: int, unit: Unit, *, begun: Vector, moved: Vector) -> Vector:
         """Keep what round `number` of `run` made of what it began with; durable on return, unless it was forgotten.
 
         Args:
             run: Of the round.
             number: Of the round.
+            unit: Whose privacy the run protects.
             begun: As `begin` returned it.
             moved: Of all parameters, shape (n,).
 
@@ -112,16 +115,19 @@ class LocalParameters:
         data = b"\n".join((_name_round(run, number), build_vector_bytes(begun) + build_vector_bytes(after)))
         nonce = os.urandom(_NONCE_BYTES)
         try:
-            save_atomically(self._path, nonce + self._cipher.encrypt(nonce, data, self._associated), mode=0o600)
+            save_atomically(self._path, nonce + self._cipher.encrypt(nonce, data, self._associate(unit)), mode=0o600)
         except FileNotFoundError:
             _log.warning("samples were forgotten in round %d: what it made of local parameters is, too", number)
         except OSError as error:
             raise StalledError(f"{self._path}: {error.strerror}") from error
         return moved[~self.is_local]
 
-    def _open(self, sealed: bytes) -> tuple[bytes, Vector, Vector] | None:
+    def _associate(self, unit: Unit) -> bytes:
+        return self._associated + f" {unit}".encode()
+
+    def _open(self, sealed: bytes, unit: Unit) -> tuple[bytes, Vector, Vector] | None:
         try:
-            data = self._cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], self._associated)
+            data = self._cipher.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], self._associate(unit))
         except Exception:  # noqa: BLE001 - each cipher has its own; a nonce cut short is a ValueError
             return None
         round_name, _, values = data.partition(b"\n")

@@ -97,9 +97,9 @@ class TrainingSession:
             noise_multiplier=self.job.noise_multiplier_limit,
         )
         self.ledger.spend(spend, limits, at=int(self.now_s()))
-        begun = self.local.begin(order.run, order.round)
+        begun = self.local.begin(order.run, order.round, order.privacy.unit)
         moved = self.train(self.local.join(parameters, begun), order.privacy, order.training)
-        shared = self.local.keep(order.run, order.round, begun, moved)
+        shared = self.local.keep(order.run, order.round, order.privacy.unit, begun=begun, moved=moved)
         update = encode_update(shared, order.training.uplink, np.random.default_rng())
         if order.privacy.unit is Unit.SAMPLE:  # without noise on it, it is not left lying: the retry is paid for, too
             self.updates.save(order.run, order.round, update)

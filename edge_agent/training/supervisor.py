@@ -2,15 +2,18 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import resource
 import signal
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.errors import StalledError
+
+_log = logging.getLogger(__name__)
 
 LINE_MAX_BYTES = 64 * 1024  # an event has a few hundred bytes
 _IDLE = 19
@@ -178,12 +181,28 @@ def _describe(code: int) -> str | None:
 
 def _bind(process: Process, bounds: Bounds) -> None:
     """Have the process stay behind whatever else this machine does, and be the first to go when memory runs out."""
-    with contextlib.suppress(OSError):  # it has ended already
-        Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000", encoding="ascii")
+    pid = process.pid
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it has ended already
+        with _warning("oom_score_adj"):
+            Path(f"/proc/{pid}/oom_score_adj").write_text("1000", encoding="ascii")
         for limit, most in ((resource.RLIMIT_DATA, bounds.memory_bytes), (resource.RLIMIT_CPU, bounds.cpu_s)):
-            _, hard = resource.prlimit(process.pid, limit)
-            allowed = most if hard == resource.RLIM_INFINITY else min(most, hard)
-            resource.prlimit(process.pid, limit, (allowed, hard))
-        os.setpriority(os.PRIO_PROCESS, process.pid, bounds.niceness)
+            with _warning(f"limit {limit}"):
+                _, hard = resource.prlimit(pid, limit)
+                allowed = most if hard == resource.RLIM_INFINITY else min(most, hard)
+                resource.prlimit(pid, limit, (allowed, hard))
+        with _warning("niceness"):
+            os.setpriority(os.PRIO_PROCESS, pid, bounds.niceness)
         if bounds.niceness == _IDLE:
-            os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))  # its reads and writes wait, too
+            with _warning("idle scheduling"):
+                os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))  # its reads and writes wait, too
+
+
+@contextlib.contextmanager
+def _warning(bound: str) -> Iterator[None]:
+    """Let the other bounds hold where the machine does not grant one; a process that is gone is the caller's."""
+    try:
+        yield
+    except (ProcessLookupError, FileNotFoundError):
+        raise
+    except OSError as error:
+        _log.warning("the training process goes without %s: %s", bound, error.strerror or error)

@@ -36,7 +36,8 @@ class Attempt:
     Attributes:
         waiting: Who has not replied, by node id.
         gone: Who is not waited for any more. A reply of theirs counts as long as others are: nobody is left out for
-            having been late, only for the round being over.
+            having been late, only for the round being over. Of unit `device` it never counts: whether a device is in the
+            sum must not depend on how long others train, which their data may tell.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class Attempt:
             _log.warning("round %d: %s went away", self.number, device_id)
             return None
         update: Vector | str = reply.failure if reply.update is None else self._check(reply.update)
+        if self._spec.privacy.unit is Unit.DEVICE and device_id in self.gone:
+            update = "it came when its device was not waited for any more"
         if isinstance(update, str):
             return UpdateRefused(round=self.number, device=device_id, reason=update)
         if self.spool.add(device_id, update):

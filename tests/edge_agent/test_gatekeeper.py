@@ -12,6 +12,7 @@ from edge_agent.config import AgentSettings, TrainingSettings
 from edge_agent.gatekeeper import PAUSE_S, Gatekeeper
 from edge_agent.samples.keeper import SampleKeeper
 from edge_agent.samples.store import Retention
+from edge_agent.training.admission import NOT_NOW
 
 SUPPLY = "sys/class/power_supply/AC"
 
@@ -60,7 +61,7 @@ def test_training_ends_when_the_charger_is_pulled_and_does_not_flutter(
         plug(tmp_path, online=False)
         assert "training.needs_mains" in await asyncio.wait_for(watching, 20)
         plug(tmp_path, online=True)
-        assert await gatekeeper.find_refusal("run-1") == "its owner needed it a moment ago"
+        assert await gatekeeper.find_refusal("run-1") == NOT_NOW
         clock.now_s = PAUSE_S
         assert await gatekeeper.find_refusal("run-1") is None
 
@@ -97,6 +98,19 @@ def test_run_waits_for_new_samples_and_the_same_run_may_go_on(
     (settings.state_dir / "trained.json").write_bytes(b"damaged")
     assert asyncio.run(ask("run-2")) is None
     samples.close()
+
+
+def test_spent_budget_starts_no_run_but_one_that_was_paid_before(
+    tmp_path: Path, settings: AgentSettings, samples: SampleKeeper
+) -> None:
+    settings.training_dir.mkdir(parents=True)
+    with open_ledger(settings.training_dir / "ledger.jsonl") as ledger:
+        ledger.restore(LedgerHead(entries=0, digest="0" * 64, spent=()), Decimal("1e-5"), at=1)
+        ledger.spend(SPEND, LIMITS, at=1)
+    settings = replace(settings, privacy=replace(settings.privacy, epsilon_limit=Decimal("0.001")))
+    gatekeeper = Gatekeeper(settings, samples, root=tmp_path)
+    assert asyncio.run(gatekeeper.find_refusal("run-1")) is None
+    assert asyncio.run(gatekeeper.find_refusal("run-2")) == "its privacy budget is spent"
 
 
 def test_damaged_ledger_starts_nothing(tmp_path: Path, settings: AgentSettings, samples: SampleKeeper) -> None:

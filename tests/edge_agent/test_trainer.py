@@ -258,7 +258,9 @@ def test_local_parameters_move_on_the_device_and_nothing_of_them_travels(tmp_pat
     assert [event.event for event in events] == ["joined", "round", "done"], error.decode()
     key = bytes.fromhex(build_training_job(tmp_path).samples_key)
     training_dir = tmp_path / "training"
-    local = LocalParameters(training_dir, manifest, np.zeros(1, np.float32), open_cipher(key)).begin("run-2", 1)
+    local = LocalParameters(training_dir, manifest, np.zeros(1, np.float32), open_cipher(key)).begin(
+        "run-2", 1, Unit.SAMPLE
+    )
     assert local[0] > 0.25 + 2  # twice the clipping norm of 20 samples, times the learning rate, but for the noise
     (update,) = (training_dir / "updates").iterdir()
     assert len(update.read_bytes()) == 4 * 3

@@ -411,6 +411,7 @@ def test_device_that_refuses_is_woken_once_a_round(federation):
 def test_round_does_not_wait_for_a_device_that_says_that_it_refuses_or_for_one_that_the_broker_lost(federation):
     """Neither would ever reply, and the deadline is ten minutes away."""
     federation.environment |= {"FL_SERVER_ROUNDS__DEADLINE_S": "600", "FL_SERVER_ROUNDS__QUORUM": "0.3"}
+    federation.environment |= {"FL_SERVER_ROUNDS__OFFLINE_GRACE_S": "5"}
     federation.start()
     federation.add_device("device-1", fraction=0.3)
     refusing, lost = [federation.add_device(f"device-{number}", fraction="silent") for number in (2, 3)]

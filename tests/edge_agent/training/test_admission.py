@@ -26,7 +26,6 @@ def test_machine_of_which_nothing_bad_is_known_may_train() -> None:
         ({}, {"on_mains": False, "battery": 0.3}, {"on_mains": False, "battery": 0.29}, "min_battery"),
         ({}, {"on_mains": True, "battery": 0.01}, {"on_mains": False, "battery": 0.01}, "min_battery"),
         ({"max_temperature_c": 60.0}, {"temperature_c": 60.0}, {"temperature_c": 60.1}, "max_temperature_c"),
-        ({"max_load": 0.5}, {"load": 0.5}, {"load": 0.51}, "max_load"),
         ({}, {"metered": False}, {"metered": True}, "allow_metered"),
         ({"hours": "22:00-06:00"}, {"minute": 1320}, {"minute": 1319}, "hours"),
     ],
@@ -37,6 +36,13 @@ def test_each_bound_of_the_owner_refuses_by_its_key(allowed: dict, good: dict, b
     reason = find_refusal(settings, replace(IDLE, **bad))
     assert reason is not None
     assert f"training.{key}" in reason
+
+
+def test_load_refuses_in_the_words_of_samples() -> None:
+    settings = TrainingSettings(max_load=0.5, min_new_samples=1)
+    assert find_refusal(settings, replace(IDLE, load=0.5, new_samples=1)) is None
+    few = find_refusal(settings, replace(IDLE, load=0.5, new_samples=0))
+    assert find_refusal(settings, replace(IDLE, load=0.51, new_samples=1)) == few is not None
 
 
 def test_metered_network_is_the_owners_to_allow() -> None:

@@ -46,6 +46,7 @@ from tests.simulators.crash import crash_points, run_until_crash
 from tests.simulators.runs import build_spec
 
 SIZE, BOUND = 10_000, 2.0
+LAYOUT = Layout(names=("weight",), shapes=((SIZE,),))
 FALSE_ALARM = 1e-6
 SLACK = 2.0**-9  # by which noise is larger than claimed, in standard deviations: what rounding may add to an update
 NAMES = ("a", "b", "c", "d", "e")
@@ -217,6 +218,18 @@ def test_reply_of_a_device_that_was_not_drawn_or_has_replied_counts_for_nothing(
     spec = change_privacy(build_device_spec(tmp_path), noise_multiplier="0")
     [step] = run(tmp_path / "run", spec, devices, cohorts={1: ("a", "b")})
     np.testing.assert_allclose(4 * step, updates["a"].astype(np.float64) + updates["b"], atol=1e-3)
+
+
+@pytest.mark.parametrize("unit", Unit)
+def test_reply_of_a_device_that_was_gone_counts_only_where_the_sum_may_depend_on_how_long_others_take(
+    tmp_path: Path, unit: Unit
+) -> None:
+    spec = build_device_spec(tmp_path) if unit is Unit.DEVICE else build_spec(layout=LAYOUT, devices={"a": 0, "b": 1})
+    attempt = Attempt(spec, spec.privacy, 1, tmp_path, cohort={"a": 0, "b": 1})
+    attempt.ask(attempt.cohort)
+    attempt.gone.add("a")
+    refusal = attempt.take(Reply(node_id=0, update=draw_updates(("a",), norm=0.1)["a"].tobytes()))
+    assert (attempt.fold.count, refusal is None) == ((0, False) if unit is Unit.DEVICE else (1, True))
 
 
 @given(
