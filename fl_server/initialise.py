@@ -42,6 +42,7 @@ enrolment_port = 9444         # for devices that have only a token yet
 [rounds]
 deadline_s = 60.0             # of one round
 join_timeout_s = 60.0         # how long a run waits for the devices it woke
+offline_grace_s = 75.0        # how long a round waits for a device that the broker lost
 quorum = 0.5                  # least share of the woken devices that makes a round
 idle_timeout_s = 60           # after how long without a message a device's training process ends
 poll_budget_per_s = 40.0      # requests a second of all training processes together

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,10 @@ from edge_agent.gatekeeper import PAUSE_S, Gatekeeper
 from edge_agent.samples.keeper import SampleKeeper
 from edge_agent.samples.store import Retention
 from edge_agent.training.admission import NOT_NOW
+from edge_agent.training.budget import Limits, Spend
+from edge_agent.training.ledger import open_ledger
+from models.contract.ledger import LedgerHead
+from tests.simulators.step_graph import build_privacy
 
 SUPPLY = "sys/class/power_supply/AC"
 
@@ -105,9 +110,13 @@ def test_spent_budget_starts_no_run_but_one_that_was_paid_before(
 ) -> None:
     settings.training_dir.mkdir(parents=True)
     with open_ledger(settings.training_dir / "ledger.jsonl") as ledger:
-        ledger.restore(LedgerHead(entries=0, digest="0" * 64, spent=()), Decimal("1e-5"), at=1)
-        ledger.spend(SPEND, LIMITS, at=1)
-    settings = replace(settings, privacy=replace(settings.privacy, epsilon_limit=Decimal("0.001")))
+        ledger.restore(LedgerHead(), settings.privacy.delta, at=1)
+        privacy = build_privacy(epsilon=Decimal(1000))
+        spend = Spend(order_sequence=1, model="m", run="run-1", round=1, privacy=privacy, steps=2)
+        limit = Decimal(1000)
+        limits = Limits(epsilon=limit, total_epsilon=limit, delta=settings.privacy.delta, noise_multiplier=Decimal(0))
+        spent = ledger.spend(spend, limits, at=1).epsilon_after
+    settings = replace(settings, privacy=replace(settings.privacy, epsilon_limit=spent))
     gatekeeper = Gatekeeper(settings, samples, root=tmp_path)
     assert asyncio.run(gatekeeper.find_refusal("run-1")) is None
     assert asyncio.run(gatekeeper.find_refusal("run-2")) == "its privacy budget is spent"

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import edge_agent.training.supervisor as module
 from edge_agent.training.supervisor import LINE_MAX_BYTES, Bounds, Supervisor
 from tests.simulators.waiting import wait_until
 
@@ -163,3 +164,14 @@ def test_supervisor_needs_only_the_standard_library() -> None:
     text = Path(sys.modules[Supervisor.__module__].__file__ or "").read_text()
     imported = {line.split()[1].split(".")[0] for line in text.splitlines() if line.startswith(("import ", "from "))}
     assert imported - {"edge_agent"} <= sys.stdlib_module_names
+
+
+def test_bound_that_the_machine_does_not_grant_leaves_the_others_in_force(monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(module.resource, "prlimit", refuse)
+    watch = Watch("import os, sys; sys.stdin.read(); print(os.getpriority(os.PRIO_PROCESS, 0))")
+    run_to_the_end(watch)
+    assert watch.lines == [("run-1", b"10\n")]
+    assert watch.exits == [("run-1", None)]
