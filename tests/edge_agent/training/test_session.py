@@ -349,7 +349,7 @@ def test_killed_at_any_point_a_round_moves_local_parameters_once(tmp_path, order
         with Device(directory, orders, personal=True, trusts_coordinator=True) as device:
             device.session = replace(device.session, train=lambda *_: ones)
             assert device.handle(envelope, SHARED) == ones[:3].tobytes()
-            assert device.local.begin("run-1", 2, Unit.SAMPLE) == INITIAL + 1
+            assert device.local.begin("run-1", 2, unit) == INITIAL + 1
             assert device.ledger.entries
         if not outcome.crashed:
             break
