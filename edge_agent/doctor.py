@@ -13,8 +13,10 @@ from edge_agent.errors import AgentError
 from edge_agent.http.guard import TOKEN_NAME
 from edge_agent.inference.onnx_backend import OnnxBackend
 from edge_agent.inference.sandbox import try_in_sandbox
+from edge_agent.lock import LOCK_NAME
 from edge_agent.updates.floors import load_signed_at
 from edge_agent.updates.slots import Slots
+from models.contract.files import is_locked
 from models.contract.settings import SettingsError
 from models.doctor.certificates import check_certificate, check_pair, check_secret
 from models.doctor.findings import Finding, fail, ok, warn
@@ -88,7 +90,8 @@ def _check_broker(settings: AgentSettings) -> Finding:
             context.load_cert_chain(identity.cert_path, identity.key_path)
         except OSError as error:  # ssl.SSLError, too
             return fail("broker", f"not asked, [identity] cannot be used: {error.strerror or error}", _RENEWAL)
-    return check_broker(settings.broker.host, settings.broker.port, context)
+    is_running = is_locked(settings.state_dir / LOCK_NAME)
+    return check_broker(settings.broker.host, settings.broker.port, context, is_running=is_running)
 
 
 def _find_secrets(state_dir: Path) -> Iterator[Path]:

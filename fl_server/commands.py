@@ -24,9 +24,10 @@ from fl_server.jobs import (
     TrainRequest,
     WithdrawRequest,
 )
-from fl_server.lock import holding_lock, is_locked
+from fl_server.lock import holding_lock
 from fl_server.rounds.optimizers import ServerOptimizer
 from fl_server.rounds.rule import Aggregation
+from models.contract.files import is_locked
 from models.contract.manifest import MANIFEST_NAME, ModelManifest
 from models.contract.privacy import TrainingPlan, Unit
 from models.contract.terms import Role, Split

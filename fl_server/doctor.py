@@ -3,7 +3,6 @@
 import shutil
 import socket
 import sqlite3
-import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -13,9 +12,9 @@ from pathlib import Path
 from fl_server.config import CONFIG_NAME, ServerSettings, find_missing, load_server_settings
 from fl_server.directory import Directory
 from fl_server.errors import ServerError
-from fl_server.lock import is_locked
 from fl_server.rollout.repository import ReleaseRepository
 from fl_server.rollout.trust import LIFETIMES, ONLINE_ROLES, RoleStatus
+from models.contract.files import is_locked
 from models.contract.settings import SettingsError
 from models.doctor.certificates import check_certificate, check_pair, check_revocations
 from models.doctor.findings import Finding, fail, ok, warn
@@ -121,14 +120,13 @@ def _judge_role(role: RoleStatus, now: datetime) -> Finding:
 
 
 def _check_broker(settings: ServerSettings, directory: Directory) -> Finding:
-    context, certificate_path = None, directory.ca_dir / "coordinator.pem"
-    if certificate_path.exists() and getattr(settings.broker, "tls", None) is not False:
-        try:
-            context = ssl.create_default_context(cafile=directory.ca_path)
-            context.load_cert_chain(certificate_path, directory.ca_dir / "coordinator.key.pem")
-        except OSError as error:  # ssl.SSLError, too
-            return fail("broker", f"not asked, ca/ cannot be used: {error.strerror or error}", _RENEWAL)
-    return check_broker(settings.broker.host, settings.broker.port, context)
+    try:
+        identity = directory.describe_coordinator(settings.broker)
+        context = None if identity is None else identity.build_context()
+    except OSError as error:  # ssl.SSLError, too
+        return fail("broker", f"not asked, its certificates cannot be used: {error.strerror or error}", _RENEWAL)
+    is_running = is_locked(directory.lock_path)
+    return check_broker(settings.broker.host, settings.broker.port, context, is_running=is_running)
 
 
 def _check_runtime() -> Finding:

@@ -1,7 +1,5 @@
 """One coordinator a directory."""
 
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,18 +21,3 @@ def holding_lock(path: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise ServerError(f"a coordinator is running in {path.parent} already") from error
         yield
-
-
-def is_locked(path: Path) -> bool:
-    """Return whether a process holds the lock at `path`."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False

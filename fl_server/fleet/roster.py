@@ -5,7 +5,7 @@ One SQLite file, shared by the running coordinator and operators' commands.
 
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -252,14 +252,16 @@ class Roster:
         return self._database.execute(query, (device_id,)).fetchone() is not None
 
     def revoke(self, device_id: str) -> None:
-        """Exclude the device from now on.
+        """Exclude the device from now on; tokens that were made for it before are worth nothing more.
 
         Raises:
             RosterError: No such member.
         """
         query = "UPDATE devices SET revoked_at = ? WHERE device_id = ? AND revoked_at IS NULL"
-        if not self._database.execute(query, (time.time(), device_id)).rowcount:
-            raise RosterError(f"device {device_id!r} is not enrolled; see fl-server devices")
+        with self._changing():
+            if not self._database.execute(query, (time.time(), device_id)).rowcount:
+                raise RosterError(f"device {device_id!r} is not enrolled; see fl-server devices")
+            self._database.execute("DELETE FROM tokens WHERE device_id = ? AND spent_at IS NULL", (device_id,))
 
     def save_certificate(self, device_id: str, serial: int, not_after: float) -> None:
         """Keep that the certificate was issued to the device, which may have several until the older ones end.
@@ -373,7 +375,7 @@ class Roster:
                 "SELECT spent FROM updates WHERE device_id = ? AND run = ? AND round > ?",
                 (device_id, run, round_number),
             )
-            spent = add_up([*head.spent, *(parse_json(row["spent"], Spent) for row in later)])
+            spent = _add_up(device_id, [*head.spent, *(parse_json(row["spent"], Spent) for row in later)])
             known = self.get_ledger(device_id)
             newest = max(known, head, key=lambda ledger: ledger.entries)
             self._put_ledger(device_id, newest, take_larger(known.spent, spent))
@@ -397,7 +399,7 @@ class Roster:
             query = "SELECT 1 FROM reported WHERE device_id = ? AND run = ? AND round >= ?"
             if self._database.execute(query, row).fetchone() is None:
                 known = self.get_ledger(device_id)
-                self._put_ledger(device_id, known, add_up([*known.spent, spent]))
+                self._put_ledger(device_id, known, _add_up(device_id, [*known.spent, spent]))
 
     def get_ledger(self, device_id: str) -> LedgerHead:
         """Return what the device has spent at least; the head is that of the longest ledger that it reported."""
@@ -455,6 +457,13 @@ class Roster:
                 self._database.execute(undo)
             raise
         self._database.execute("COMMIT" if is_whole else "RELEASE part")
+
+
+def _add_up(device_id: str, spent: Iterable[Spent]) -> tuple[Spent, ...]:
+    try:
+        return add_up(spent)
+    except ValueError as error:  # more steps than one number holds
+        raise RosterError(f"the ledger of {device_id}: {error}") from error
 
 
 def _read_certificate(row: sqlite3.Row) -> DeviceCertificate:

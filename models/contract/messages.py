@@ -8,6 +8,7 @@ from models.contract.ledger import LedgerHead
 from models.contract.wave import Traits
 
 MESSAGE_MAX_BYTES = 16 * 1024
+NUMBER_MAX = 2**31 - 1  # of versions and rounds
 
 
 class EventKind(StrEnum):
@@ -104,6 +105,11 @@ class Event:
     run: str | None = None
     round: int | None = None
     ledger: LedgerHead | None = None
+
+    def __post_init__(self) -> None:
+        for name, number in (("version", self.version), ("round", self.round)):
+            if number is not None and not 0 <= number <= NUMBER_MAX:
+                raise ValueError(f"{name} is {number}, must be in 0..{NUMBER_MAX}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

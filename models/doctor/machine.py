@@ -1,5 +1,6 @@
 """Whether this machine has what both services need: a clock, a disk, ports, and a way to the broker."""
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -15,9 +16,10 @@ from models.doctor.findings import Finding, fail, ok, warn
 FREE_LEAST_BYTES = 256 * 1024**2
 SYNC_SLOW_S = 1.0
 ANSWER_TIMEOUT_S = 5.0
+REFUSAL_TIMEOUT_S = 1.0  # a server that refuses a certificate says so at once
 _TIME_ERROR = 5  # adjtimex(2): the clock is not synchronized
 _TIMEX_BYTES = 512  # more than any struct timex has
-# MQTT 5 CONNECT of a clean session without an identifier: the broker makes one up, so that no device is replaced.
+# MQTT 5 CONNECT of a clean session without an identifier: the broker makes one up, or takes the certificate's name.
 _CONNECT = b"\x10\x0d\x00\x04MQTT\x05\x02\x00\x05\x00\x00\x00"
 _CONNACK_KIND = 0x20
 _SUCCESS = 0
@@ -83,13 +85,23 @@ def check_port_free(host: str, port: int, *, key: str) -> Finding:
     return ok(f"port {port}", f"free on {host}")
 
 
-def check_broker(host: str, port: int, context: ssl.SSLContext | None) -> Finding:
-    """Return whether an MQTT 5 broker lets this machine in, by name of `host`, over TLS if there is a `context`."""
+def check_broker(host: str, port: int, context: ssl.SSLContext | None, *, is_running: bool = False) -> Finding:
+    """Return whether an MQTT 5 broker lets this machine in.
+
+    Args:
+        host: By which name its certificate is checked, too.
+        port: Of the broker.
+        context: For TLS; None for none.
+        is_running: Whether the service holds a session there under the same certificate: a second one of that name
+            would end it, so that no more is done than to connect.
+    """
     address, how = f"{host}:{port}", "without TLS" if context is None else "over TLS"
     try:
         with socket.create_connection((host, port), timeout=ANSWER_TIMEOUT_S) as plain:
             stream = plain if context is None else context.wrap_socket(plain, server_hostname=host)
             with stream:
+                if is_running:
+                    return _await_refusal(stream, address, how)
                 stream.sendall(_CONNECT)
                 answer = stream.recv(16)
     except ssl.SSLError as error:
@@ -104,6 +116,14 @@ def check_broker(host: str, port: int, context: ssl.SSLContext | None) -> Findin
         advice = "its log says why; it must know this certificate's or address's owner"
         return fail("broker", f"{address} refuses with reason code 0x{answer[3]:02x}", advice)
     return ok("broker", f"{address} answers {how}")
+
+
+def _await_refusal(stream: socket.socket, address: str, how: str) -> Finding:
+    stream.settimeout(REFUSAL_TIMEOUT_S)
+    with contextlib.suppress(TimeoutError):
+        if not stream.recv(1):
+            return fail("broker", f"{address} hangs up {how}", "its log says why")
+    return ok("broker", f"{address} takes connections {how}; the service has its own")
 
 
 def _is_synchronized() -> bool | None:

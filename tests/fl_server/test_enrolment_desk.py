@@ -142,7 +142,10 @@ def test_failure_before_the_certificate_leaves_the_token_unspent(proxy, roster, 
 
 def test_revoked_device_comes_back_with_a_token_of_the_operator_and_with_other_keys(proxy, roster, tmp_path):
     enroll(get_server(proxy), get_token(proxy, roster, "device-8"), tmp_path / "first")
+    stolen = get_token(proxy, roster, "device-8", again=True)
     roster.revoke("device-8")
+    with pytest.raises(StalledError):
+        enroll(get_server(proxy), stolen, tmp_path / "thief")
     enroll(get_server(proxy), get_token(proxy, roster, "device-8", again=True), tmp_path / "second")
     assert roster.is_member("device-8")
     (first,) = (item.serial for item in roster.list_revoked_certificates() if item.device_id == "device-8")

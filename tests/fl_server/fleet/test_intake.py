@@ -3,6 +3,7 @@ import os
 import signal
 import sqlite3
 import threading
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
@@ -104,6 +105,15 @@ def test_ledger_that_cannot_be_kept_costs_neither_its_event_nor_the_batch(path):
     with Roster(path) as roster:
         assert roster.get_ledger("device-1") == known
         assert roster.get_ledger("device-2") == more
+
+
+def test_ledger_beyond_what_numbers_hold_costs_neither_its_event_nor_the_batch(path):
+    most = Spent(model="m", sampling_rate=Decimal("0.5"), noise_multiplier=Decimal(1), steps=2**53 - 1)
+    with Roster(path) as roster:
+        roster.save_update("device-1", "r", 2, replace(most, steps=1))
+    head = LedgerHead(entries=1, digest="e" * 64, spent=(most,))
+    [kept] = keep(path, [say(1, build_event("a", run="r", round=1, ledger=head)), say(2, STATUS)])
+    assert [item.device_id for item in kept] == ["device-1", "device-2"]
 
 
 def test_loop_turns_while_another_command_holds_the_database(path):
