@@ -69,9 +69,15 @@ class Rollouts:
         return await self._change(model, version, lambda rollout: halt(rollout, "an operator said so"))
 
     async def resume(self, model: str, version: int) -> RolloutStatus:
-        """Go on; what failed so far counts no more."""
-        since = self._roster.find_last_event()
-        return await self._change(model, version, lambda rollout: resume(rollout, since=since))
+        """Go on; what failed and what was measured so far counts no more."""
+
+        def go_on(rollout: Rollout) -> Rollout:
+            resumed = resume(rollout, since=self._roster.find_last_event())
+            if resumed != rollout:
+                self._roster.forget_telemetry(model, version)
+            return resumed
+
+        return await self._change(model, version, go_on)
 
     async def roll_back(self, model: str, version: int) -> ModelVersion:
         """Let the champion `version` be it no more, and return the one that is again.
@@ -149,6 +155,7 @@ class Rollouts:
             runtime=version.load_manifest().runtime,
         )
         rollout = self._grow(rollout)
+        self._roster.forget_telemetry(rollout.model, rollout.version)  # of an earlier rollout of it
         self._releases.save_requirements(version, plan.requirements)
         self._records.save(rollout)
         return rollout

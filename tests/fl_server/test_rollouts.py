@@ -273,7 +273,6 @@ def test_done_rollout_gives_way_to_the_next_version(coordinator, path):
 
 def test_slow_version_takes_the_fleet_back(coordinator, path):
     rule = LatencyRule(max_ratio=Decimal(2), min_devices=1)
-    coordinator.start(path / "v2", dataclasses.replace(CANARY_FIRST, latency=rule))
 
     def measure(device, version, latency_ms):
         telemetry = Telemetry(
@@ -283,6 +282,9 @@ def test_slow_version_takes_the_fleet_back(coordinator, path):
 
     for device in ("kitchen", "shed"):
         measure(device, 1, 2.0)
+    measure("canary", 2, 10.0)
+    coordinator.start(path / "v2", dataclasses.replace(CANARY_FIRST, latency=rule))
+    assert not coordinator.advance(), "that was measured before"
     measure("canary", 2, 3.5)
     assert not coordinator.advance()
     measure("canary", 2, 10.0)

@@ -214,3 +214,15 @@ def test_rules_that_time_a_version_reach_its_first_trial(server: ReleaseServer, 
     rules = replace(HOUR, seconds=0, min_agreement=Decimal(0))
     assert device.receive(offer_second(server, rules))[-1] is EventKind.UPDATED
     assert device.checked[-1] == ("b", rules)
+
+
+def test_device_says_once_that_it_cannot_go_back_to_a_version_that_failed_here(
+    server: ReleaseServer, device: Device
+) -> None:
+    bad = server.write_version(2, b"unhealthy")
+    device.receive(server.release(bad))
+    device.receive(server.release(server.write_version(3, b"three")))
+    device.events.clear()
+    offer = server.release(bad)
+    assert device.receive(offer, offer) == [EventKind.FAILED]
+    assert "version 2 failed its trial here once and is never tried again; version 3 serves on" in device.last_message
