@@ -48,6 +48,20 @@ class Verdict:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A version of a round's parameters.
+
+    Attributes:
+        before: The champion that it was measured against; None for a version that is registered already.
+        directory: Where it was packaged; None likewise.
+    """
+
+    manifest: ModelManifest
+    before: ModelManifest | None = None
+    directory: Path | None = None
+
+
 class Candidates:
     """What becomes of parameters; nothing here is offered to anybody."""
 
@@ -66,7 +80,7 @@ class Candidates:
         _check_graphs(champion.load_manifest(), architecture)
         return champion, architecture
 
-    def consider(
+    def prepare(
         self,
         model: str,
         parameters: Mapping[str, npt.NDArray[np.float32]],
@@ -74,21 +88,13 @@ class Candidates:
         lineage: Lineage,
         privacy: PrivacyStatement,
         scratch_dir: Path,
-        obstacle: str | None,
-    ) -> Verdict:
-        """Make a version of `parameters` the champion if it beats the one before and there is no obstacle.
-
-        As `Releases.consider`.
-        """
+    ) -> Candidate | Verdict:
+        """Package and measure `parameters`, or find what an earlier call registered; as `Releases.consider`."""
         champion, architecture = self.load_champion(model)
         with Registry(self._directory.registry_dir) as registry:
             known = registry.search_model_versions(model, run=lineage.run, round=lineage.round)
             if known:  # registered, then the coordinator was killed
-                if champion.version < known[0].version:
-                    if obstacle is not None:
-                        return _build_verdict(known[0].load_manifest(), None, None, obstacle)
-                    registry.set_registered_model_alias(model, "champion", known[0].version)
-                return _build_verdict(known[0].load_manifest(), known[0].version, None, "released before a restart")
+                return Candidate(manifest=known[0].load_manifest())
             shutil.rmtree(scratch_dir, ignore_errors=True)
             try:
                 manifest = package_version(
@@ -103,15 +109,32 @@ class Candidates:
                 )
             except StrayingError as error:  # this round's parameters; those of the next one may do
                 return _refuse(error)
-            before = champion.load_manifest()
+        return Candidate(manifest=manifest, before=champion.load_manifest(), directory=scratch_dir)
+
+    def decide(self, candidate: Candidate | Verdict, obstacle: str | None) -> Verdict:
+        """Make the candidate the champion if it beats the one before and there is no obstacle.
+
+        What it was measured against may have changed since: then it is refused.
+        """
+        if isinstance(candidate, Verdict):
+            return candidate
+        manifest, before, directory = candidate.manifest, candidate.before, candidate.directory
+        with Registry(self._directory.registry_dir) as registry:
+            if before is None or directory is None:
+                return _decide_known(registry, manifest, obstacle)
+            champion = registry.get_model_version_by_alias(manifest.model, "champion").version
+            if obstacle is None and champion != before.version:
+                obstacle = f"version {champion} became the champion while this one was measured"
+            if obstacle is None and registry.get_next_version(manifest.model) != manifest.version:
+                obstacle = f"another version {manifest.version} was registered while this one was measured"
             assert manifest.quality is not None
             decision = decide_promotion(manifest.quality, before.quality, GateRules())
             if obstacle is not None:
                 decision = Decision(promote=False, reason=obstacle)
             if decision.promote:
-                registry.create_model_version(scratch_dir)
-                registry.set_registered_model_alias(model, "champion", manifest.version)
-            shutil.rmtree(scratch_dir)
+                registry.create_model_version(directory)
+                registry.set_registered_model_alias(manifest.model, "champion", manifest.version)
+            shutil.rmtree(directory)
             return _build_verdict(manifest, manifest.version if decision.promote else None, before, decision.reason)
 
     def _get_settings(self, model: str) -> ModelSettings:
@@ -143,6 +166,17 @@ class Candidates:
             metric = load_definition(resolve_definition(self._settings, model, self._directory.path)).metric
         x, y = data.x, data.y
         return lambda inference_path, float_path: measure_quality(inference_path, float_path, x, y, metric)
+
+
+def _decide_known(registry: Registry, manifest: ModelManifest, obstacle: str | None) -> Verdict:
+    """Release what was registered just before the coordinator was killed, unless it was released since."""
+    released = find_released(registry, manifest.model)
+    was_previous = "previous" in released and released["previous"].version == manifest.version  # rolled back, say
+    if released["champion"].version < manifest.version and not was_previous:
+        if obstacle is not None:
+            return _build_verdict(manifest, None, None, obstacle)
+        registry.set_registered_model_alias(manifest.model, "champion", manifest.version)
+    return _build_verdict(manifest, manifest.version, None, "released before a restart")
 
 
 def find_released(registry: Registry, model: str) -> dict[Role, ModelVersion]:

@@ -321,11 +321,11 @@ class Coordinator:
             case RolloutRequest(version_dir=version_dir, plan=plan):
                 status = await self._rollouts.start(Path(version_dir), plan)
             case SteerRequest(model=model, version=version, action="approve", wave=wave):
-                status = self._rollouts.approve(model, version, wave)
+                status = await self._rollouts.approve(model, version, wave)
             case SteerRequest(model=model, version=version, action="halt"):
-                status = self._rollouts.halt(model, version)
+                status = await self._rollouts.halt(model, version)
             case SteerRequest(model=model, version=version):
-                status = self._rollouts.resume(model, version)
+                status = await self._rollouts.resume(model, version)
         told = await self._tell_fleet()
         say(f"{status}\n{told}")
         return status

@@ -26,7 +26,7 @@ from fl_server.registry.statements import open_statement_key, write_statements
 from fl_server.rollout.publisher import Publish, Publisher, list_blobs, load_blob
 from fl_server.rollout.records import RolloutRecords
 from fl_server.rollout.repository import ReleaseRepository
-from fl_server.rollout.waves import Rollout
+from fl_server.rollout.waves import Phase, Rollout
 from models.contract.encoding import build_digest, build_json, parse_json
 from models.contract.errors import ContractError
 from models.contract.manifest import (
@@ -120,16 +120,11 @@ class Releases:
             privacy: What the version may claim.
             scratch_dir: Where the candidate is built; gone afterwards.
         """
+        candidate = await asyncio.to_thread(  # for minutes: whoever changes a release does not wait for it
+            self._candidates.prepare, model, parameters, lineage=lineage, privacy=privacy, scratch_dir=scratch_dir
+        )
         async with self.changing:
-            verdict = await asyncio.to_thread(
-                self._candidates.consider,
-                model,
-                parameters,
-                lineage=lineage,
-                privacy=privacy,
-                scratch_dir=scratch_dir,
-                obstacle=self._find_obstacle(model),
-            )
+            verdict = await asyncio.to_thread(self._candidates.decide, candidate, self._find_obstacle(model))
         try:
             await self.publish()
         except PUBLISH_ERRORS as error:  # the round is done, and the coordinator publishes again within a minute
@@ -176,6 +171,20 @@ class Releases:
         with Registry(self._directory.registry_dir) as registry:
             registry.set_model_version_tag(version.model, version.version, REQUIREMENTS_TAG, tag)
 
+    def restore(self, rollout: Rollout) -> None:
+        """Let the aliases stand for what they stood for before a rollout that was rolled back; once more does nothing.
+
+        Call it while `changing` is held.
+        """
+        if rollout.phase is not Phase.ROLLED_BACK:
+            return
+        with Registry(self._directory.registry_dir) as registry:
+            champion = find_released(registry, rollout.model).get("champion")
+            if champion is not None and champion.version == rollout.version:
+                registry.restore_registered_model_aliases(
+                    rollout.model, champion=rollout.before, previous=rollout.previous
+                )
+
     def _release(self, version_dir: Path, split: Split | None) -> ModelVersion:
         version = self.register(version_dir)
         with Registry(self._directory.registry_dir) as registry:
@@ -198,6 +207,8 @@ class Releases:
         if obstacle := self._find_obstacle(model):
             raise ServerError(obstacle)
         with RolloutRecords(self._directory.database_path) as records:
+            if (rollout := records.find(model)) is not None:
+                self.restore(rollout)
             records.forget(model)
 
     def _find_obstacle(self, model: str) -> str | None:

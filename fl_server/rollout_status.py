@@ -6,7 +6,7 @@ from decimal import Decimal
 
 from fl_server.fleet.roster import LastWord, Roster
 from fl_server.rollout.waves import Phase, Rollout, Tally
-from models.contract.wave import Requirements, find_unmet
+from models.contract.wave import Traits, find_unmet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +82,13 @@ def count(words: Sequence[LastWord]) -> Tally:
 def list_words(roster: Roster, rollout: Rollout) -> list[LastWord]:
     """Return what devices say of `rollout` that it is for: others refuse the version, and must not end it."""
     words = roster.list_last_words(rollout.model, rollout.version, since=rollout.since)
-    asked = rollout.plan.requirements
-    if asked == Requirements() or not any(word.has_failed for word in words):
+    if not any(word.has_failed for word in words):
         return words
     known = {device.device_id: device.status.traits for device in roster.list_devices() if device.status}
-    unfit = {device for device, traits in known.items() if traits is not None and find_unmet(traits, asked)}
+    unfit = {device for device, traits in known.items() if traits is not None and _is_unfit(traits, rollout)}
     return [word for word in words if word.device_id not in unfit]
+
+
+def _is_unfit(traits: Traits, rollout: Rollout) -> bool:
+    lacks_runtime = rollout.runtime is not None and rollout.runtime not in traits.runtimes
+    return lacks_runtime or find_unmet(traits, rollout.plan.requirements) is not None

@@ -60,30 +60,40 @@ class Rollouts:
                 registry.set_registered_model_alias(rollout.model, "champion", rollout.version)
         return self._describe(rollout)
 
-    def approve(self, model: str, version: int, wave: int) -> RolloutStatus:
+    async def approve(self, model: str, version: int, wave: int) -> RolloutStatus:
         """Let the next wave, number `wave` from 0, begin; raises RolloutError, as the following do."""
-        return self._change(model, version, lambda rollout: approve(rollout, wave))
+        return await self._change(model, version, lambda rollout: approve(rollout, wave))
 
-    def halt(self, model: str, version: int) -> RolloutStatus:
+    async def halt(self, model: str, version: int) -> RolloutStatus:
         """Let nobody begin any more."""
-        return self._change(model, version, lambda rollout: halt(rollout, "an operator said so"))
+        return await self._change(model, version, lambda rollout: halt(rollout, "an operator said so"))
 
-    def resume(self, model: str, version: int) -> RolloutStatus:
-        """Go on; what failed so far counts no more."""
-        since = self._roster.find_last_event()
-        return self._change(model, version, lambda rollout: resume(rollout, since=since))
+    async def resume(self, model: str, version: int) -> RolloutStatus:
+        """Go on; what failed and what was measured so far counts no more."""
+
+        def go_on(rollout: Rollout) -> Rollout:
+            resumed = resume(rollout, since=self._roster.find_last_event())
+            if resumed != rollout:
+                self._roster.forget_telemetry(model, version)
+            return resumed
+
+        return await self._change(model, version, go_on)
 
     async def roll_back(self, model: str, version: int) -> ModelVersion:
         """Let the champion `version` be it no more, and return the one that is again.
 
-        Ends a rollout of it, and then it is released no more; otherwise it becomes the previous one.
+        Ends a rollout of it, and then it is released no more; otherwise it becomes the previous one. A rollout under
+        way of a version that is not the champion holds up every release: then that is ended, and nothing else.
         """
         rollout = self._records.find(model)
-        if rollout is not None and rollout.version == version and rollout.is_under_way:
+        is_stray = rollout is not None and rollout.is_under_way and rollout.version != self._find_champion(model)
+        if rollout is not None and rollout.is_under_way and (is_stray or rollout.version == version):
             await self._end(rollout, "an operator said so")
+        elif rollout is not None:
+            await self._restore(rollout)  # before a restart it had ended, and no more
         with Registry(self._directory.registry_dir) as registry:
             champion = registry.get_model_version_by_alias(model, "champion")
-            if champion.version != version:  # done, before a restart
+            if is_stray or champion.version != version:  # done, before a restart
                 return champion
             before = registry.get_model_version_by_alias(model, "previous")
         return await self._releases.promote(model, before.version)
@@ -122,9 +132,13 @@ class Rollouts:
             if (known.version, known.plan) != (version.version, plan):
                 raise RolloutError(known.obstacle)
             return known
+        if known is not None:
+            self._releases.restore(known)
         with Registry(self._directory.registry_dir) as registry:
             champion = registry.get_model_version_by_alias(version.model, "champion")
             if champion.version == version.version:
+                if known is not None and (known.version, known.plan) == (version.version, plan):
+                    return known  # done at once, before a restart
                 raise RolloutError(f"{version.model} version {version.version} is the champion already")
             try:
                 previous = registry.get_model_version_by_alias(version.model, "previous").version
@@ -138,19 +152,24 @@ class Rollouts:
             key=secrets.token_hex(8),
             plan=plan,
             since=self._roster.find_last_event(),
+            runtime=version.load_manifest().runtime,
         )
         rollout = self._grow(rollout)
+        self._roster.forget_telemetry(rollout.model, rollout.version)  # of an earlier rollout of it
         self._releases.save_requirements(version, plan.requirements)
         self._records.save(rollout)
         return rollout
 
-    def _change(self, model: str, version: int, change: Callable[[Rollout], Rollout]) -> RolloutStatus:
-        rollout = self._records.find(model)
-        if rollout is None or rollout.version != version:
-            raise RolloutError(f"{model} version {version} is not being rolled out")
-        rollout = self._grow(change(rollout))
-        self._records.save(rollout)
-        return self._describe(rollout)
+    async def _change(self, model: str, version: int, change: Callable[[Rollout], Rollout]) -> RolloutStatus:
+        async with self._releases.changing:
+            rollout = self._records.find(model)
+            if rollout is None or rollout.version != version:
+                raise RolloutError(f"{model} version {version} is not being rolled out")
+            if (champion := self._find_champion(model)) != version:
+                raise RolloutError(f"{rollout} cannot go on: version {champion} is the champion")
+            rollout = self._grow(change(rollout))
+            self._records.save(rollout)
+            return self._describe(rollout)
 
     def _grow(self, rollout: Rollout) -> Rollout:
         members = [device.device_id for device in self._roster.list_devices() if device.revoked_at is None]
@@ -180,11 +199,8 @@ class Rollouts:
     async def _restore(self, ended: Rollout) -> None:
         """Let the aliases stand for what they stood for before the rollout."""
         async with self._releases.changing:
-            if self._records.find(ended.model) == ended and self._find_champion(ended.model) == ended.version:
-                with Registry(self._directory.registry_dir) as registry:
-                    registry.restore_registered_model_aliases(
-                        ended.model, champion=ended.before, previous=ended.previous
-                    )
+            if self._records.find(ended.model) == ended:
+                self._releases.restore(ended)
 
     def _find_champion(self, model: str) -> int | None:
         with Registry(self._directory.registry_dir) as registry:

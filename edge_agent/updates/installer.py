@@ -157,11 +157,22 @@ class Updater:
         job = None if release is None else partial(self._install, targets, release)
         if action is Action.DEFER and release is not None and job is not None:
             self._deferred = (release.entry.digest, job)
+        if release is not None and active is not None:
+            self._explain_staying(release, active)
         await self._trials.let_go(None if release is None else release.entry.digest)
         is_idle = (self._task is None or self._task.done()) and not self._trials.is_in_shadow
         if self._slots.trial is not None and is_idle:
             return self._trials.conclude  # its verdict could not be written the last time
         return job if action is Action.FETCH else None
+
+    def _explain_staying(self, release: Release, active: Version) -> None:
+        """Say once that the fleet goes back to a version that this device cannot go back to."""
+        number, serving = release.terms.version, active.manifest.version
+        if release.entry.digest in self._slots.rejected and number < serving:
+            reason = (
+                f"version {number} failed its trial here once and is never tried again; version {serving} serves on"
+            )
+            self._offers.refuse(reason, number)
 
     async def _end_trial(self) -> None:
         self._task = asyncio.create_task(self._drain(self._trials.conclude))

@@ -1,4 +1,8 @@
-"""Leads a staged version to its verdict: sandbox, shadow, service; each try is taken on disk before it begins."""
+"""Leads a staged version to its verdict: sandbox, shadow, service.
+
+A try is taken on disk before the sandbox and before the service. The shadow is another process, which cannot end this
+one, and may last for days: power cuts in it are not held against the version.
+"""
 
 import asyncio
 import contextlib
@@ -13,6 +17,7 @@ from edge_agent.updates.probation import Probation, WithdrawnError
 from edge_agent.updates.slots import TRIES, Slots, Version
 from edge_agent.updates.standing import Standing
 from models.contract.messages import EventKind
+from models.contract.terms import ProbationRules
 
 Job: TypeAlias = Callable[[], Awaitable[None]]
 
@@ -43,6 +48,8 @@ class Trials:
         self._slots, self._probation, self._standing = slots, probation, standing
         self._on_event, self._on_settled, self._resume = on_event, on_settled, resume
         self._rehearsing: asyncio.Task[None] | None = None
+        self._wanted: str | None = None
+        self._has_offer = False  # before the first offer whatever is on trial is wanted
 
     @property
     def is_in_shadow(self) -> bool:
@@ -57,25 +64,24 @@ class Trials:
             number = await asyncio.to_thread(self._slots.find_trial_version)
             await self._roll_back(trial.digest, f"it ended the agent {TRIES} times", number)
             return
-        try:
-            version = await asyncio.to_thread(self._slots.begin_try)
-        except StalledError as error:
-            await asyncio.to_thread(self._slots.drop_trial)
-            raise TransientError(str(error)) from error
+        version = await self._begin_try()
         self._standing.advance(Activated(trial.digest))
-        if not await self._passes(version, self._probation.check(version, trial.rules)):
+        if not await self._passes(version, self._check(version, trial.rules)):
             return
         if trial.rules.seconds and self._slots.active is not None:
+            with contextlib.suppress(OSError):  # the disk is full: it has one try fewer
+                await asyncio.to_thread(self._slots.give_back_try)
             self._on_event(
                 EventKind.UPDATING, f"{trial.rules.seconds} s on probation, in the shadow", version.manifest.version
             )
-            self._rehearsing = asyncio.create_task(self._probation.rehearse(version, trial.rules))
+            self._rehearsing = asyncio.create_task(self._rehearse(version, trial.rules))
             self._rehearsing.add_done_callback(partial(self._end_rehearsal, version))
             return
         await self._take_over(version)
 
     async def let_go(self, wanted: str | None) -> None:
-        """End the rehearsal of any other version than `wanted`."""
+        """Bring no other version than `wanted` further: a rehearsal ends now, any other step is the last one."""
+        self._has_offer, self._wanted = True, wanted
         trial, rehearsing = self._slots.trial, self._rehearsing
         if rehearsing is not None and self.is_in_shadow and trial is not None and trial.digest != wanted:
             self._probation.withdraw()
@@ -86,8 +92,32 @@ class Trials:
         if self._rehearsing is not None and self.is_in_shadow:
             self._rehearsing.cancel()
             await asyncio.wait({self._rehearsing})
-            with contextlib.suppress(OSError):  # the disk is full: it has one try fewer
-                await asyncio.to_thread(self._slots.give_back_try)
+
+    async def _begin_try(self) -> Version:
+        """Take a try on disk and return the version; one whose slot does not verify is dropped."""
+        try:
+            return await asyncio.to_thread(self._slots.begin_try)
+        except StalledError as error:
+            await asyncio.to_thread(self._slots.drop_trial)
+            self._standing.reload()
+            raise TransientError(str(error)) from error
+
+    def _demand(self, version: Version) -> None:
+        """Raise WithdrawnError if the fleet offers something else by now."""
+        if self._has_offer and version.digest != self._wanted:
+            raise WithdrawnError
+
+    async def _check(self, version: Version, rules: ProbationRules) -> None:
+        await self._probation.check(version, rules)
+        self._demand(version)
+
+    async def _rehearse(self, version: Version, rules: ProbationRules) -> None:
+        self._demand(version)
+        await self._probation.rehearse(version, rules)
+
+    async def _prove(self, version: Version) -> None:
+        self._demand(version)
+        await self._probation.prove(version)
 
     def _end_rehearsal(self, version: Version, rehearsing: asyncio.Task[None]) -> None:
         if not rehearsing.cancelled():
@@ -95,11 +125,12 @@ class Trials:
 
     async def _take_over_after(self, version: Version, rehearsing: asyncio.Task[None]) -> None:
         if await self._passes(version, rehearsing):
+            await self._begin_try()
             await self._take_over(version)
 
     async def _take_over(self, version: Version) -> None:
         """Answer with `version` from now on, if it can."""
-        if not await self._passes(version, self._probation.prove(version)):
+        if not await self._passes(version, self._prove(version)):
             return
         try:
             await asyncio.to_thread(self._slots.commit)

@@ -321,6 +321,14 @@ class Roster:
             "UPDATE devices SET telemetry = ? WHERE device_id = ?", (build_json(telemetry), device_id)
         )
 
+    def forget_telemetry(self, model: str, version: int) -> None:
+        """Forget what devices measured of this version so far; what they send from now on counts."""
+        self._database.execute(
+            "UPDATE devices SET telemetry = NULL WHERE json_extract(CAST(telemetry AS TEXT), '$.model') = ? "
+            "AND json_extract(CAST(telemetry AS TEXT), '$.version') = ?",
+            (model, version),
+        )
+
     def save_event(self, device_id: str, event: Event) -> bool:
         """Keep the event, and what it says of a version; return False if it was here already, as a repeated delivery is."""
         with self._changing():

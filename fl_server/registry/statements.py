@@ -85,10 +85,10 @@ def write_statements(version: ModelVersion, key: StatementKey) -> None:
 def _is_signed(path: Path, payload: bytes, key: StatementKey) -> bool:
     """Return whether the bundle at `path`, which this module wrote, is of this payload and made with this key."""
     try:
-        bundle = path.read_text()
+        bundle = path.read_bytes()
     except FileNotFoundError:
         return False
-    return _encode(payload) in bundle and key.hint in bundle
+    return _encode(payload).encode() in bundle and key.hint.encode() in bundle
 
 
 def _build_statement(name: str, digests: Mapping[str, str]) -> bytes:

@@ -22,6 +22,7 @@ from fractions import Fraction
 
 from fl_server.errors import ServerError
 from fl_server.rollout.plan import LatencyRule, RolloutPlan
+from models.contract.manifest import Runtime
 from models.contract.wave import Wave, compute_place
 
 TICK_S = 60.0  # each step is an offer to the whole fleet
@@ -63,6 +64,7 @@ class Rollout:
         grown_at: When that was last, Unix time, s.
         since: Number of the event after which reports count.
         reason: Why it was halted or rolled back.
+        runtime: What the version needs on a device; None if it was begun before that was kept.
     """
 
     model: str
@@ -77,6 +79,7 @@ class Rollout:
     grown_at: float = 0.0
     since: int = 0
     reason: str = ""
+    runtime: Runtime | None = None
 
     def __str__(self) -> str:
         return f"the rollout of {self.model} version {self.version}"

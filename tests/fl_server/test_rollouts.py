@@ -139,18 +139,18 @@ def test_device_that_failed_and_then_updated_counts_by_its_last_word_and_a_repea
 
 def test_halted_rollout_is_for_nobody_new_and_goes_on_without_the_failures_before(coordinator, path):
     coordinator.start(path / "v2", CANARY_FIRST)
-    coordinator.rollouts.halt(MODEL, 2)
-    assert coordinator.rollouts.halt(MODEL, 2).phase is Phase.HALTED, "as a job does that is resumed"
+    asyncio.run(coordinator.rollouts.halt(MODEL, 2))
+    assert asyncio.run(coordinator.rollouts.halt(MODEL, 2)).phase is Phase.HALTED, "as a job does that is resumed"
     wave = coordinator.read_terms()["champion"]["wave"]
     assert (wave["percentage"], wave["devices"]) == ("0", [])
     with pytest.raises(RolloutError, match="is halted: there is no wave to approve"):
-        coordinator.rollouts.approve(MODEL, 2, 1)
+        asyncio.run(coordinator.rollouts.approve(MODEL, 2, 1))
     coordinator.say("canary", EventKind.FAILED)
-    coordinator.rollouts.resume(MODEL, 2)
+    asyncio.run(coordinator.rollouts.resume(MODEL, 2))
     assert not coordinator.advance()
     assert coordinator.read_terms()["champion"]["wave"]["devices"] == ["canary"]
-    status = coordinator.rollouts.approve(MODEL, 2, 1)
-    assert coordinator.rollouts.approve(MODEL, 2, 1) == status
+    status = asyncio.run(coordinator.rollouts.approve(MODEL, 2, 1))
+    assert asyncio.run(coordinator.rollouts.approve(MODEL, 2, 1)) == status
     assert status.phase is Phase.DONE
     assert "wave" not in coordinator.read_terms()["champion"]
     coordinator.say("shed", EventKind.FAILED)
@@ -210,7 +210,7 @@ def test_nothing_else_is_released_while_a_rollout_is_under_way_and_a_rollback_en
     with pytest.raises(RolloutError, match="version 1 is the champion already"):
         coordinator.start(path / "v1", CANARY_FIRST)
     with pytest.raises(RolloutError, match="sides version 3 is not being rolled out"):
-        coordinator.rollouts.halt(MODEL, 3)
+        asyncio.run(coordinator.rollouts.halt(MODEL, 3))
     asyncio.run(releases.release_folder(path / "v2"))
     assert "wave" not in coordinator.read_terms()["champion"], "released to everybody, whatever became of its rollout"
     coordinator.say("shed", EventKind.FAILED)
@@ -223,6 +223,38 @@ def test_nothing_else_is_released_while_a_rollout_is_under_way_and_a_rollback_en
     assert coordinator.read_versions() == {"champion": 1, "previous": 2}
 
 
+def test_rolled_back_version_does_not_become_the_previous_one_where_a_kill_left_it_champion(coordinator, path):
+    coordinator.start(path / "v2", CANARY_FIRST)
+    coordinator.records.save(roll_back(coordinator.records.find(MODEL), "it is too slow"))
+    asyncio.run(coordinator.releases.release_folder(path / "v3"))
+    assert coordinator.read_versions() == {"champion": 3, "previous": 1}
+    coordinator.start(path / "v2", CANARY_FIRST)
+    coordinator.records.save(roll_back(coordinator.records.find(MODEL), "it is too slow"))
+    assert asyncio.run(coordinator.rollouts.roll_back(MODEL, 2)).version == 3
+    assert coordinator.read_versions() == {"champion": 3, "previous": 1}
+
+
+def test_rollout_of_a_version_that_is_not_the_champion_is_not_steered_and_a_rollback_ends_it(coordinator, path):
+    coordinator.start(path / "v2", CANARY_FIRST)
+    asyncio.run(coordinator.rollouts.halt(MODEL, 2))
+    coordinator.releases.register(path / "v3")
+    with Registry(coordinator.directory.registry_dir) as registry:
+        registry.set_registered_model_alias(MODEL, "champion", 3)
+    with pytest.raises(RolloutError, match="version 3 is the champion"):
+        asyncio.run(coordinator.rollouts.resume(MODEL, 2))
+    assert asyncio.run(coordinator.rollouts.roll_back(MODEL, 3)).version == 3
+    assert coordinator.phase is Phase.ROLLED_BACK
+    assert asyncio.run(coordinator.releases.promote(MODEL, 1)).version == 1
+
+
+def test_device_without_the_runtime_ends_nothing(coordinator, path):
+    coordinator.start(path / "v2", CANARY_FIRST)
+    traits = Traits(hardware="x86_64", runtimes=("tflite",), agent="0.1")
+    coordinator.roster.save_status("shed", Status(sent_at=1, online=True, agent="0.1", model=MODEL, traits=traits))
+    coordinator.say("shed", EventKind.FAILED, message="it is for onnx, installed here is tflite")
+    assert not coordinator.advance()
+
+
 def test_first_version_cannot_come_in_waves(coordinator, path):
     with Registry(coordinator.directory.registry_dir) as registry:
         registry.delete_registered_model_alias(MODEL, "champion", version=1)
@@ -232,6 +264,7 @@ def test_first_version_cannot_come_in_waves(coordinator, path):
 
 def test_done_rollout_gives_way_to_the_next_version(coordinator, path):
     coordinator.start(path / "v2", RolloutPlan())
+    assert coordinator.start(path / "v2", RolloutPlan()).phase is Phase.DONE, "as a job does that is resumed"
     asyncio.run(coordinator.releases.release_folder(path / "v3"))
     coordinator.say("shed", EventKind.FAILED)
     assert not coordinator.advance()
@@ -240,7 +273,6 @@ def test_done_rollout_gives_way_to_the_next_version(coordinator, path):
 
 def test_slow_version_takes_the_fleet_back(coordinator, path):
     rule = LatencyRule(max_ratio=Decimal(2), min_devices=1)
-    coordinator.start(path / "v2", dataclasses.replace(CANARY_FIRST, latency=rule))
 
     def measure(device, version, latency_ms):
         telemetry = Telemetry(
@@ -250,6 +282,9 @@ def test_slow_version_takes_the_fleet_back(coordinator, path):
 
     for device in ("kitchen", "shed"):
         measure(device, 1, 2.0)
+    measure("canary", 2, 10.0)
+    coordinator.start(path / "v2", dataclasses.replace(CANARY_FIRST, latency=rule))
+    assert not coordinator.advance(), "that was measured before"
     measure("canary", 2, 3.5)
     assert not coordinator.advance()
     measure("canary", 2, 10.0)
@@ -302,6 +337,6 @@ def test_round_of_a_run_is_not_released_beside_a_rollout(coordinator, path):
     assert verdict.value == 1, "what it would have been worth"
     assert verdict.reason.startswith("the rollout of sides version 2 is rolling at 0 %")
     assert coordinator.read_versions() == {"champion": 2, "previous": 1}
-    coordinator.rollouts.approve(MODEL, 2, 1)
+    asyncio.run(coordinator.rollouts.approve(MODEL, 2, 1))
     assert consider(2).version == 3
     assert coordinator.read_versions() == {"champion": 3, "previous": 2}

@@ -1,6 +1,7 @@
 """A version answers in the shadow for its time before it takes over, and ends there as its release or its owner wants."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from decimal import Decimal
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.updates.machine import Phase
+from edge_agent.updates.slots import TRIES
 from models.contract.messages import EventKind
 from models.contract.terms import ProbationRules, ReleaseTerms
 from tests.simulators.broker_memory import MemoryBroker
@@ -136,6 +138,52 @@ def test_version_that_is_offered_no_more_leaves_the_shadow_and_may_come_again(
     assert device.receive(again)[-1] is EventKind.UPDATED
 
 
+@pytest.mark.parametrize("rules", [ProbationRules(), HOUR])
+def test_version_that_is_offered_no_more_during_its_check_neither_serves_nor_enters_the_shadow(
+    server: ReleaseServer, device: Device, monkeypatch: pytest.MonkeyPatch, rules: ProbationRules
+) -> None:
+    offer, first = offer_second(server, rules), server.directory.path / "versions" / "digits" / "1"
+    halted = offer_instead(server, first, 1)
+    checking, checked = threading.Event(), threading.Event()
+
+    def check(*_: object) -> None:
+        checking.set()
+        assert checked.wait(10)
+
+    monkeypatch.setattr(device.updater._probation, "_check_version", check)
+
+    async def withdraw() -> None:
+        offered = asyncio.create_task(device.updater.handle_offer(offer))
+        await until(checking.is_set)
+        halting = asyncio.create_task(device.updater.handle_offer(halted))
+        await until(lambda: device.updater._trials._wanted != device.updater._slots.get_trial().digest)
+        checked.set()
+        await asyncio.gather(offered, halting)
+        await device.updater.close()
+
+    asyncio.run(withdraw())
+    assert device.events[-1] == (EventKind.UPDATED, "version 1 serves on: version 2 is offered no more", 1)
+    assert (device.version, device.serving, device.shadowed) == (1, b"one" + BIG, None)
+    assert (device.updater._slots.trial, device.updater._slots.rejected) == (None, frozenset())
+
+
+def test_power_cuts_in_the_shadow_are_not_held_against_the_version(
+    broker: MemoryBroker, server: ReleaseServer, device: Device
+) -> None:
+    play(device, offer_second(server, HOUR))
+    for _ in range(TRIES + 1):
+        device = restart(device, broker, server)
+
+        async def cut_power(device: Device = device) -> None:
+            await device.updater.start()
+            await until(lambda: device.shadowed is not None)
+            assert device.updater._slots.get_trial().tries_left == TRIES
+            # not closed
+
+        asyncio.run(cut_power())
+    assert not device.updater._slots.rejected
+
+
 def test_newer_version_takes_the_place_of_the_one_in_the_shadow(server: ReleaseServer, device: Device) -> None:
     offer, newer = offer_second(server, HOUR), offer_instead(server, server.write_version(3, b"three"), 3)
 
@@ -166,3 +214,15 @@ def test_rules_that_time_a_version_reach_its_first_trial(server: ReleaseServer, 
     rules = replace(HOUR, seconds=0, min_agreement=Decimal(0))
     assert device.receive(offer_second(server, rules))[-1] is EventKind.UPDATED
     assert device.checked[-1] == ("b", rules)
+
+
+def test_device_says_once_that_it_cannot_go_back_to_a_version_that_failed_here(
+    server: ReleaseServer, device: Device
+) -> None:
+    bad = server.write_version(2, b"unhealthy")
+    device.receive(server.release(bad))
+    device.receive(server.release(server.write_version(3, b"three")))
+    device.events.clear()
+    offer = server.release(bad)
+    assert device.receive(offer, offer) == [EventKind.FAILED]
+    assert "version 2 failed its trial here once and is never tried again; version 3 serves on" in device.last_message

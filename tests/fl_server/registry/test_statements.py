@@ -90,6 +90,9 @@ def test_statements_are_made_once_and_again_for_a_new_key(version, tmp_path):
     before = (version.directory / "model.sig").read_bytes()
     write_statements(version, open_key(tmp_path))
     assert (version.directory / "model.sig").read_bytes() == before
+    (version.directory / "model.sig").write_bytes(before.replace(b'"payload":"e', b'"payload":"\xff'))
+    write_statements(version, open_key(tmp_path))
+    assert read_statement(version, tmp_path / "statements.pub.pem"), "a damaged one is made anew"
 
     (tmp_path / "statements.pub.pem").rename(tmp_path / "old.pub.pem")
     (tmp_path / "statements.pem").unlink()
