@@ -22,7 +22,6 @@ CERTIFICATES_MAX = 32  # of one device at a time; it needs two a year, and one f
 EVENTS_KEPT = 1000  # of each device; older ones go
 WORDS_KEPT = 100  # of each device, on as many versions
 
-_VERSION_MAX = 2**63 - 1  # what SQLite holds, of whatever a device says
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS devices (
@@ -415,7 +414,7 @@ class Roster:
         return LedgerHead() if row is None else parse_json(row["head"], LedgerHead)
 
     def _keep_word(self, device_id: str, event: Event, number: int) -> None:
-        if event.model is None or event.version is None or not 0 < event.version <= _VERSION_MAX:
+        if event.model is None or not event.version:
             return
         self._database.execute(
             "INSERT OR REPLACE INTO last_words VALUES (?, ?, ?, ?, ?, ?)",

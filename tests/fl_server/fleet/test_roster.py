@@ -109,7 +109,7 @@ def test_last_word_of_each_member_on_a_version_counts_once_and_only_as_news(rost
     say(roster, "device-2", EventKind.DOWNLOADED, version=2)
     say(roster, "device-3", EventKind.FAILED, version=3)
     say(roster, "device-3", EventKind.FAILED, version=2, model="other")
-    for version in (None, 0, 2**63, 2**70):
+    for version in (None, 0):
         say(roster, "device-3", EventKind.FAILED, version=version)
     assert find_failed(roster) == {"device-1": False, "device-2": True}
     since = roster.find_last_event()

@@ -266,6 +266,14 @@ def test_an_offer_carries_its_files_and_refuses_bombs_and_strange_names() -> Non
         parse_offer(named)
 
 
+@pytest.mark.parametrize("name", ["version", "round"])
+@pytest.mark.parametrize("number", [-1, 2**31, 2**63, 10**400])
+def test_number_of_an_event_that_no_database_holds_is_malformed(name: str, number: int) -> None:
+    fields = json.loads(DOCUMENTS["event"][0]) | {name: number}
+    with pytest.raises(MalformedError):
+        parse_json(json.dumps(fields).encode(), Event)
+
+
 def test_terms_without_a_role_are_those_of_an_earlier_release_and_a_split_is_a_challengers() -> None:
     assert parse_terms({"version": 3}) == ReleaseTerms(version=3)
     assert build_terms(ReleaseTerms(role="champion", version=3)) == {
