@@ -135,7 +135,7 @@ def test_probes_are_answered_by_a_real_agent(tmp_path: Path, monkeypatch: pytest
 
 def test_services_of_the_compose_file_are_closed_and_their_files_there() -> None:
     document = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
-    assert document["services"].keys() == {"server", "broker", "device-1"}
+    assert document["services"].keys() == {"server", "broker", "proxy", "device-1"}
     for service in document["services"].values():
         check_image(service["image"])
         assert (service["read_only"], service["cap_drop"], service["tmpfs"]) == (True, ["ALL"], ["/tmp"])

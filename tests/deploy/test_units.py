@@ -18,7 +18,7 @@ from tests.simulators.waiting import wait_until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SERVICES = [DEPLOY / "edge/edge-agent.service", DEPLOY / "server/fl-server.service"]
-UNITS = [*SERVICES, DEPLOY / "server/fl-broker.service"]
+UNITS = [*SERVICES, DEPLOY / "server/fl-broker.service", DEPLOY / "server/fl-proxy.service"]
 EXPOSURE_LIMIT = 3.0
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")
 
