@@ -55,7 +55,8 @@ def renew(server: str, identity: Identity, *, now: dt.datetime) -> dt.datetime |
     from models.contract.enrolment import RENEW_PATH, RenewalAnswer, RenewalRequest
 
     try:
-        present = x509.load_pem_x509_certificate(identity.cert_path.read_bytes())
+        held = identity.cert_path.read_bytes()
+        present = x509.load_pem_x509_certificate(held)
         key = load_pem_private_key(identity.key_path.read_bytes(), None)
         ca = identity.ca_path.read_bytes()
     except (OSError, ValueError) as error:
@@ -68,6 +69,7 @@ def renew(server: str, identity: Identity, *, now: dt.datetime) -> dt.datetime |
     (name,) = present.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
     wish = RenewalRequest(request=build_request(str(name.value), key).decode())
     try:
+        save_atomically(identity.cert_path, held)  # what could not be kept must not be issued, again and again
         answer = ask(parse_server(server), RENEW_PATH, wish, RenewalAnswer, identity.build_context())
         renewed = check_certificate(answer.certificate.encode(), key.public_key(), ca)
         save_atomically(identity.cert_path, answer.certificate.encode())

@@ -21,7 +21,7 @@ from fl_server.rollout.repository import ReleaseRepository
 from models.contract.files import sync_directory
 from models.contract.topics import check_name
 
-_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:-]{0,252}")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}")  # addresses are HOST:PORT: IPv6 needs a name
 _CONFIG = """\
 # Configuration of this federation: fl-server run --config fl-server.toml
 # FL_SERVER_SECTION__KEY in the environment overrides a key; paths are relative to this file.
@@ -73,7 +73,7 @@ def initialise(path: Path, *, fleet: str, host: str, broker_port: int = 8883) ->
     except ValueError as error:
         raise UsageError(str(error)) from error
     if not _HOST.fullmatch(host):
-        raise UsageError(f"host {host!r:.80} is neither a host name nor an IP address")
+        raise UsageError(f"host {host!r:.80} is neither a host name nor an IPv4 address")
     if not 1 <= broker_port <= 65_535:
         raise UsageError(f"--broker-port is {broker_port}, must be in 1..65535")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -48,7 +48,7 @@ class Lockout:
         self._settings, self._roster, self._authority = settings, roster, authority
         self._servers, self._ca_path = servers, ca_path
         self._told: bytes | None = None  # the list that the servers were last told of
-        self._since: dict[str, float] = {}  # when the servers knew of a device, monotonic s
+        self._since: dict[int, float] = {}  # when the servers knew of a certificate, by its serial, monotonic s
 
     async def keep_out(self) -> None:
         """Look after it until cancelled."""
@@ -69,18 +69,27 @@ class Lockout:
             answers = [_hang_up(path) for path in self._servers]  # every one, whatever the others' answer
             self._told = crl if all(answers) else None
         if self._settings.tls:
-            for device_id in sorted({item.device_id for item in revoked if not item.is_shut_out}):
-                await self._shut_out(device_id, is_told=crl == self._told)
+            pending: dict[str, list[int]] = {}
+            for item in revoked:
+                if not item.is_shut_out:
+                    pending.setdefault(item.device_id, []).append(item.serial)
+            for device_id, waiting in pending.items():
+                await self._shut_out(device_id, waiting, is_told=crl == self._told)
 
-    async def _shut_out(self, device_id: str, *, is_told: bool) -> None:
+    async def _shut_out(self, device_id: str, serials: Sequence[int], *, is_told: bool) -> None:
         try:
             await asyncio.to_thread(self._end_session, device_id)
         except LinkError as error:
             logger.warning("%s is revoked: %s", device_id, error)
             return
+        if not is_told:
+            return
         now = time.monotonic()
-        if is_told and now - self._since.setdefault(device_id, now) > GRACE_S:
-            self._roster.save_shut_out(device_id)
+        over = [serial for serial in serials if now - self._since.setdefault(serial, now) > GRACE_S]
+        if over:
+            self._roster.save_shut_out(over)
+            for serial in over:
+                del self._since[serial]
             logger.info("%s is revoked, and shut out of the broker", device_id)
 
     def _end_session(self, device_id: str) -> None:

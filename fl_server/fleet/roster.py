@@ -296,13 +296,12 @@ class Roster:
         )
         return [_read_certificate(row) for row in rows]
 
-    def save_shut_out(self, device_id: str) -> None:
-        """Keep that the broker refuses every revoked certificate of the device, and has ended its session."""
-        self._database.execute(
-            "UPDATE certificates SET is_shut_out = 1 WHERE device_id = ? AND (is_replaced OR EXISTS "
-            "(SELECT 1 FROM devices WHERE device_id = certificates.device_id AND revoked_at IS NOT NULL))",
-            (device_id,),
-        )
+    def save_shut_out(self, serials: Iterable[int]) -> None:
+        """Keep that the broker refuses these certificates, and has ended what was open with them."""
+        with self._changing():
+            self._database.executemany(
+                "UPDATE certificates SET is_shut_out = 1 WHERE serial = ?", [(str(serial),) for serial in serials]
+            )
 
     def save_node_id(self, device_id: str, node_id: int | None) -> None:
         text = None if node_id is None else str(node_id)

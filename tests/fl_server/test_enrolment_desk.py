@@ -149,7 +149,7 @@ def test_revoked_device_comes_back_with_a_token_of_the_operator_and_with_other_k
     enroll(get_server(proxy), get_token(proxy, roster, "device-8", again=True), tmp_path / "second")
     assert roster.is_member("device-8")
     (first,) = (item.serial for item in roster.list_revoked_certificates() if item.device_id == "device-8")
-    roster.save_shut_out("device-8")  # its new certificate is not among what the broker refuses
+    roster.save_shut_out([first])
     assert [item.serial for item in roster.list_certificates("device-8") if item.is_shut_out] == [first]
 
 
