@@ -48,6 +48,15 @@ def test_what_answers_otherwise_is_named(answer: bytes, said: str) -> None:
     assert (finding.level, said in finding.found) == ("fail", True)
 
 
+def test_a_broker_is_not_greeted_while_the_service_has_a_session_under_the_same_name() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        finding = check_broker("127.0.0.1", listener.getsockname()[1], None, is_running=True)
+        stream, _ = listener.accept()
+        with stream:
+            assert stream.recv(16) == b""
+    assert finding.level == "ok"
+
+
 def test_a_disk_takes_and_syncs_a_file_or_the_folder_is_named(tmp_path: Path) -> None:
     assert check_disk(tmp_path).level in {"ok", "warn"}
     assert list(tmp_path.iterdir()) == []
