@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from edge_agent.updates.slots import Slots
+from edge_agent.updates.slots import TRIES, Slots
 from models.contract.terms import ProbationRules
 from tests.simulators.agent import AgentProcess, install_version, stage_version
 from tests.simulators.waiting import wait_until
@@ -46,7 +46,7 @@ def ask(device: AgentProcess) -> float:
     return float(answer.json()["outputs"][0]["data"][0])
 
 
-def test_killed_agent_spends_a_try_and_one_whose_version_crashes_answers_on_without_it(device: AgentProcess) -> None:
+def test_power_cut_meanwhile_costs_the_version_nothing_and_a_crash_of_it_costs_no_answer(device: AgentProcess) -> None:
     stage_version(device.state_dir, 2, rules=ProbationRules(seconds=3600))
     with device:
         wait_until(lambda: is_on_probation(device), "the probation")
@@ -57,7 +57,7 @@ def test_killed_agent_spends_a_try_and_one_whose_version_crashes_answers_on_with
         wait_until(lambda: not Path(f"/proc/{orphan}").exists(), "the end of a process without its agent")
         trial = Slots(device.state_dir / "slots").trial
         assert trial is not None
-        assert trial.tries_left == 2
+        assert trial.tries_left == TRIES
         device.start()
         wait_until(lambda: is_on_probation(device, 2), "the probation again")
         understudy = find_understudy(device)
