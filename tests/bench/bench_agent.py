@@ -159,10 +159,10 @@ class _Fleet:
         """Return when the device has said that it runs the version."""
         async with asyncio.timeout(SWAP_TIMEOUT_S):
             while True:
-                item = await self._link.receive()
-                said = item.document if isinstance(item, FromDevice) else None
-                if isinstance(said, Status) and said.online and said.version == number:
-                    return
+                for item in await self._link.receive():
+                    said = item.document if isinstance(item, FromDevice) else None
+                    if isinstance(said, Status) and said.online and said.version == number:
+                        return
 
     @contextmanager
     def running_device(self, directory: Path) -> Iterator[Server]:
@@ -184,7 +184,7 @@ class _Fleet:
 @asynccontextmanager
 async def _coordinating(path: Path, broker_port: int, model: str) -> AsyncIterator[_Fleet]:
     async with Link(host="127.0.0.1", port=broker_port, fleet=FLEET) as link:
-        while not isinstance(await link.receive(), Connected):
+        while Connected() not in await link.receive():
             pass
         yield _Fleet(path, link, broker_port, model)
 
