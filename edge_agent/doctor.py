@@ -1,11 +1,9 @@
 """`edge-agent doctor`: tests what the device service needs, whether or not it runs, and changes nothing that it would not."""
 
-import ssl
 import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from edge_agent.client import AgentClient
 from edge_agent.config import AgentSettings, load_agent_settings
@@ -63,12 +61,11 @@ def _check_root(path: Path) -> Finding:
 
 
 def _check_certificates(settings: AgentSettings, now: datetime) -> Iterator[Finding]:
-    paths, identity = [], getattr(settings, "identity", None)
+    paths, identity = [settings.superlink_ca_path], settings.identity
     if identity is not None:
         paths += [identity.ca_path, identity.cert_path]
         yield check_pair(identity.cert_path, identity.key_path)
     if settings.federation is not None:
-        paths += [settings.federation.ca_path]
         yield check_secret(settings.federation.node_key_path)
     for path in dict.fromkeys(filter(None, paths)):
         yield check_certificate(path, now=now, renewal=_RENEWAL)
@@ -82,14 +79,11 @@ def _check_clock(state_dir: Path, now: datetime) -> Finding:
 
 
 def _check_broker(settings: AgentSettings) -> Finding:
-    identity: Any = getattr(settings, "broker_identity", None)
-    context = None
-    if identity is not None:
-        try:
-            context = ssl.create_default_context(cafile=identity.ca_path)
-            context.load_cert_chain(identity.cert_path, identity.key_path)
-        except OSError as error:  # ssl.SSLError, too
-            return fail("broker", f"not asked, [identity] cannot be used: {error.strerror or error}", _RENEWAL)
+    identity = settings.broker_identity
+    try:
+        context = None if identity is None else identity.build_context()
+    except OSError as error:
+        return fail("broker", f"not asked, [identity] cannot be used: {error}", _RENEWAL)
     is_running = is_locked(settings.state_dir / LOCK_NAME)
     return check_broker(settings.broker.host, settings.broker.port, context, is_running=is_running)
 

@@ -2,6 +2,8 @@
 
 import sqlite3
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 BUSY_TIMEOUT_S = 10.0  # another command holds the write lock for milliseconds
 
@@ -14,3 +16,21 @@ def open_database(path: Path, schema: str) -> sqlite3.Connection:
     connection.execute("PRAGMA synchronous = FULL")
     connection.executescript(schema)
     return connection
+
+
+class Database:
+    """Tables in a file; a context, of the thread that opened it."""
+
+    def __init__(self, path: Path, schema: str) -> None:
+        self._database = open_database(path, schema)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._database.close()

@@ -9,7 +9,7 @@ from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
-from fl_server.config import CONFIG_NAME, ServerSettings, find_missing, load_server_settings
+from fl_server.config import CONFIG_NAME, ProxySettings, ServerSettings, find_missing, load_server_settings
 from fl_server.directory import Directory
 from fl_server.errors import ServerError
 from fl_server.rollout.repository import ReleaseRepository
@@ -52,6 +52,8 @@ def _examine(settings: ServerSettings, directory: Directory, now: datetime) -> I
     yield from _check_certificates(directory.ca_dir, now)
     yield from _check_signing(directory, now)
     yield _check_broker(settings, directory)
+    if settings.proxy.used:
+        yield _check_proxy(settings.proxy)
     yield _check_runtime()
     yield _check_superlink(settings, directory)
 
@@ -123,10 +125,20 @@ def _check_broker(settings: ServerSettings, directory: Directory) -> Finding:
     try:
         identity = directory.describe_coordinator(settings.broker)
         context = None if identity is None else identity.build_context()
-    except OSError as error:  # ssl.SSLError, too
-        return fail("broker", f"not asked, its certificates cannot be used: {error.strerror or error}", _RENEWAL)
+    except OSError as error:
+        return fail("broker", f"not asked, its certificates cannot be used: {error}", _RENEWAL)
     is_running = is_locked(directory.lock_path)
     return check_broker(settings.broker.host, settings.broker.port, context, is_running=is_running)
+
+
+def _check_proxy(proxy: ProxySettings) -> Finding:
+    address = f"{proxy.host}:{proxy.port}"
+    try:
+        socket.create_connection((proxy.host, proxy.port), timeout=ANSWER_TIMEOUT_S).close()
+    except OSError as error:
+        advice = "start nginx with proxy/nginx.conf: devices train and renew certificates through it alone"
+        return fail("proxy", f"{address}: {error.strerror or error}", advice)
+    return ok("proxy", f"{address} takes connections")
 
 
 def _check_runtime() -> Finding:

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
-from fl_server.database import open_database
+from fl_server.database import Database
 from fl_server.errors import ServerError
 from fl_server.rollout.plan import RolloutPlan
 from fl_server.rounds.optimizers import FEDAVG, ServerOptimizer
@@ -166,19 +165,11 @@ class Job:
         return self.state in (JobState.DONE, JobState.FAILED)
 
 
-class Jobs:
+class Jobs(Database):
     """The jobs on disk; every method returns once its effect is durable."""
 
     def __init__(self, path: Path) -> None:
-        self._database = open_database(path, _SCHEMA)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._database.close()
+        super().__init__(path, _SCHEMA)
 
     def add(self, request: Request) -> int:
         """Enqueue `request` and return the job's number."""

@@ -85,18 +85,6 @@ class Evaluator:
         return np.pad(rows, [(0, self._training.batch - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
 
 
-def evaluate_parameters(
-    graph_path: Path,
-    training: TrainingContract,
-    parameters: Mapping[str, npt.NDArray[np.float32]],
-    x: Array,
-    y: Array,
-    metric: str | MetricFunction,
-) -> Evaluation:
-    """Return what `parameters` are worth on x, y; an `Evaluator` does the same more than once."""
-    return Evaluator(graph_path, training, metric).evaluate(parameters, x, y)
-
-
 def measure_quality(
     inference_path: Path, float_path: Path, x: Array, y: Array, metric: str | MetricFunction
 ) -> Quality:

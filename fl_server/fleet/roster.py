@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
-from fl_server.database import open_database
+from fl_server.database import Database
 from fl_server.errors import ServerError
 from models.contract.encoding import build_json, parse_json
 from models.contract.ledger import SPENT_MAX, LedgerHead, Spent, add_up, take_larger
@@ -147,22 +146,11 @@ class LastWord:
     message: str
 
 
-class Roster:
+class Roster(Database):
     """The enrolled devices on disk; every method returns once its effect is durable, in a batch once that ends."""
 
     def __init__(self, path: Path) -> None:
-        self._database = open_database(path, _SCHEMA)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._database.close()
+        super().__init__(path, _SCHEMA)
 
     @contextmanager
     def batch(self) -> Iterator[None]:

@@ -15,10 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from fl_server.database import open_database
+from fl_server.database import Database
 from fl_server.errors import ServerError
 from models.contract.encoding import build_digest
 from models.contract.errors import ContractError
@@ -92,21 +90,13 @@ class ModelVersion:
         return parse_manifest(self.load_manifest_bytes())
 
 
-class Registry:
+class Registry(Database):
     """All versions of all models under one directory; a context, used on the thread that opened it."""
 
     def __init__(self, directory: Path) -> None:
         self._versions_dir = directory / "versions"
         self._versions_dir.mkdir(parents=True, exist_ok=True)
-        self._index = open_database(directory / "index.db", _SCHEMA)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._index.close()
+        super().__init__(directory / "index.db", _SCHEMA)
 
     def create_model_version(self, source: Path) -> ModelVersion:
         """Copy the version folder `source` in; the same bytes a second time are the same version.
@@ -123,7 +113,7 @@ class Registry:
                 f"package it as version {self.get_next_version(manifest.model)}"
             )
         self._copy(source, data, manifest)
-        self._index.execute(
+        self._database.execute(
             "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)",
             (
                 manifest.model,
@@ -145,7 +135,7 @@ class Registry:
     def get_model_version_by_alias(self, model: str, alias: Role) -> ModelVersion:
         """Return the version `alias` stands for; raises RegistryError if there is none."""
         query = "SELECT version FROM aliases WHERE model = ? AND alias = ?"
-        row = self._index.execute(query, (model, alias)).fetchone()
+        row = self._database.execute(query, (model, alias)).fetchone()
         if row is None:
             raise RegistryError(f"{model} has no {alias}; {_WAYS[alias]}")
         return self.get_model_version(model, row["version"])
@@ -155,39 +145,39 @@ class Registry:
         self.get_model_version(model, version)
         with self._changing():
             if alias == "champion":
-                self._index.execute(
+                self._database.execute(
                     "INSERT OR REPLACE INTO aliases SELECT model, 'previous', version FROM aliases "
                     "WHERE model = ? AND alias = 'champion' AND version != ?",
                     (model, version),
                 )
-                self._index.execute(
+                self._database.execute(
                     "DELETE FROM aliases WHERE model = ? AND alias = 'challenger' AND version = ?", (model, version)
                 )
-            self._index.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?, ?)", (model, alias, version))
+            self._database.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?, ?)", (model, alias, version))
 
     def restore_registered_model_aliases(self, model: str, *, champion: int, previous: int | None) -> None:
         """Let both aliases stand for what they once stood for, and for nothing else."""
         with self._changing():
-            self._index.execute("INSERT OR REPLACE INTO aliases VALUES (?, 'champion', ?)", (model, champion))
-            self._index.execute("DELETE FROM aliases WHERE model = ? AND alias = 'previous'", (model,))
+            self._database.execute("INSERT OR REPLACE INTO aliases VALUES (?, 'champion', ?)", (model, champion))
+            self._database.execute("DELETE FROM aliases WHERE model = ? AND alias = 'previous'", (model,))
             if previous is not None:
-                self._index.execute("INSERT INTO aliases VALUES (?, 'previous', ?)", (model, previous))
+                self._database.execute("INSERT INTO aliases VALUES (?, 'previous', ?)", (model, previous))
 
     def delete_registered_model_alias(self, model: str, alias: Role, *, version: int) -> None:
         """Let `alias` stand for nothing if it stands for `version` now."""
-        self._index.execute(
+        self._database.execute(
             "DELETE FROM aliases WHERE model = ? AND alias = ? AND version = ?", (model, alias, version)
         )
 
     def set_model_version_tag(self, model: str, version: int, key: str, value: str) -> None:
         """Attach a text to a version, in the place of the one it had under `key`."""
         self.get_model_version(model, version)
-        self._index.execute("INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?)", (model, version, key, value))
+        self._database.execute("INSERT OR REPLACE INTO tags VALUES (?, ?, ?, ?)", (model, version, key, value))
 
     def get_model_version_tags(self, model: str, version: int) -> dict[str, str]:
         """Return the version's texts by key."""
         query = "SELECT key, value FROM tags WHERE model = ? AND version = ?"
-        return {row["key"]: row["value"] for row in self._index.execute(query, (model, version))}
+        return {row["key"]: row["value"] for row in self._database.execute(query, (model, version))}
 
     def search_model_versions(
         self,
@@ -198,31 +188,31 @@ class Registry:
     ) -> list[ModelVersion]:
         """Return the model's versions, oldest first; only those of a run or of its round, if asked."""
         query = "SELECT * FROM versions WHERE model = ?1 AND (?2 IS NULL OR run = ?2) AND (?3 IS NULL OR round = ?3)"
-        rows = self._index.execute(query + " ORDER BY version", (model, run, round))
+        rows = self._database.execute(query + " ORDER BY version", (model, run, round))
         return [self._build(row) for row in rows]
 
     def search_registered_models(self) -> list[str]:
         """Return the names of all models that have a version."""
-        return [row["model"] for row in self._index.execute("SELECT DISTINCT model FROM versions ORDER BY model")]
+        return [row["model"] for row in self._database.execute("SELECT DISTINCT model FROM versions ORDER BY model")]
 
     def get_next_version(self, model: str) -> int:
         """Return the number that the model's next version gets; counts from 1."""
-        row = self._index.execute("SELECT max(version) AS last FROM versions WHERE model = ?", (model,)).fetchone()
+        row = self._database.execute("SELECT max(version) AS last FROM versions WHERE model = ?", (model,)).fetchone()
         return (row["last"] or 0) + 1
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        self._index.execute("BEGIN IMMEDIATE")
+        self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
         except BaseException:
-            self._index.execute("ROLLBACK")
+            self._database.execute("ROLLBACK")
             raise
-        self._index.execute("COMMIT")
+        self._database.execute("COMMIT")
 
     def _find(self, model: str, version: int) -> ModelVersion | None:
         query = "SELECT * FROM versions WHERE model = ? AND version = ?"
-        row = self._index.execute(query, (model, version)).fetchone()
+        row = self._database.execute(query, (model, version)).fetchone()
         return None if row is None else self._build(row)
 
     def _build(self, row: sqlite3.Row) -> ModelVersion:

@@ -1,29 +1,19 @@
 """The last rollout of each model, in the coordinator's database."""
 
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from fl_server.database import open_database
+from fl_server.database import Database
 from fl_server.rollout.waves import Rollout
 from models.contract.encoding import build_json, parse_json
 
 _SCHEMA = "CREATE TABLE IF NOT EXISTS rollouts (model TEXT PRIMARY KEY, rollout BLOB NOT NULL) STRICT"
 
 
-class RolloutRecords:
+class RolloutRecords(Database):
     """Rollouts on disk; every method returns once its effect is durable. A context, of the thread that opened it."""
 
     def __init__(self, path: Path) -> None:
-        self._database = open_database(path, _SCHEMA)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._database.close()
+        super().__init__(path, _SCHEMA)
 
     def find(self, model: str) -> Rollout | None:
         """Return the model's last rollout, None if it has had none since the last release to everybody."""

@@ -35,11 +35,15 @@ def test_each_thing_that_is_broken_is_a_line_with_what_to_do(federation, capsys,
     (federation.directory / "keys" / "online" / "timestamp.pem").unlink()
     (federation.directory / "ca" / "superlink.pem").unlink()
     federation.directory.chmod(0o755)
-    federation.environment["FL_SERVER_BROKER__PORT"] = "1"
+    federation.environment |= {
+        "FL_SERVER_BROKER__PORT": "1",
+        "FL_SERVER_PROXY__USED": "true",
+        "FL_SERVER_PROXY__PORT": "1",
+    }
     code, findings = examine(federation, capsys, monkeypatch)
     failed = {what for what, finding in findings.items() if finding["level"] == "fail"}
     assert code == 1
-    assert {"model sides", "role timestamp", "certificate superlink.pem", "permissions", "broker"} <= failed
+    assert {"model sides", "role timestamp", "certificate superlink.pem", "permissions", "broker", "proxy"} <= failed
     assert all(findings[what]["advice"] for what in failed)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from fl_server.evaluation.evaluate import Evaluator, evaluate_parameters, measure_quality
+from fl_server.evaluation.evaluate import Evaluator, measure_quality
 from models.contract.manifest import TrainingContract
 from models.tensors.layout import Layout
 from models.tensors.spec import TensorSpec
@@ -50,7 +50,7 @@ def graph_path(tmp_path):
 def test_last_batch_is_padded_and_its_padding_counts_for_nothing(graph_path):
     error = X @ WEIGHT[:, 0] - Y
     for rows in (1, 4, 11):
-        found = evaluate_parameters(graph_path, TRAINING, {"weight": WEIGHT}, X[:rows], Y[:rows], "rmse")
+        found = Evaluator(graph_path, TRAINING, "rmse").evaluate({"weight": WEIGHT}, X[:rows], Y[:rows])
         assert found.samples == rows
         assert found.loss == pytest.approx(float(np.mean(error[:rows] ** 2)), rel=1e-5)
         assert found.value == pytest.approx(float(np.sqrt(np.mean(error[:rows] ** 2))), rel=1e-5)
@@ -66,7 +66,7 @@ def test_evaluator_serves_round_after_round_and_any_metric(graph_path):
 @pytest.mark.parametrize(("x", "y"), [(X[:0], Y[:0]), (X, Y[:3])])
 def test_evaluation_without_samples_or_targets_is_refused(graph_path, x, y):
     with pytest.raises(ValueError, match="evaluation needs samples, as many x"):
-        evaluate_parameters(graph_path, TRAINING, {"weight": WEIGHT}, x, y, "rmse")
+        Evaluator(graph_path, TRAINING, "rmse").evaluate({"weight": WEIGHT}, x, y)
 
 
 def test_quality_says_what_packaging_cost(tmp_path):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from fl_server.errors import UsageError
-from fl_server.evaluation.evaluate import evaluate_parameters, measure_quality
+from fl_server.evaluation.evaluate import Evaluator, measure_quality
 from fl_server.inference import open_graph
 from fl_server.packaging.architecture import load_parameters
 from fl_server.packaging.export import export_architecture
@@ -269,8 +269,8 @@ def test_trained_digits_stay_accurate_in_int8(tmp_path):
     assert abs(manifest.quality.value - manifest.quality.float_value) <= Decimal("0.02")
     assert 0 < manifest.quality.logit_deviation < Decimal("0.5")
     assert manifest.files["inference.onnx"].size_bytes < manifest.files["parameters.safetensors"].size_bytes
-    evaluation = evaluate_parameters(
-        architecture.evaluate_path, architecture.training, parameters, test.x, test.y, "accuracy"
+    evaluation = Evaluator(architecture.evaluate_path, architecture.training, "accuracy").evaluate(
+        parameters, test.x, test.y
     )
     assert evaluation.samples == 300
     assert evaluation.value == pytest.approx(float(manifest.quality.float_value), abs=1e-6)
